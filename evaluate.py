@@ -1,0 +1,207 @@
+"""Evaluation: HR@3, NDCG@3 and AUC of one or more policies on the same frozen candidate sets (EV-1 .. EV-3).
+
+    python evaluate.py --model MODEL --adapter SFT --adapter DPO --data DATA --out OUT      OUT/metrics.json, a table
+    python evaluate.py ... --user ID --top-k K                                              a ranked list for one user
+
+Every --adapter is one policy, with what it stands on; `--adapter base` is the bare model. Two candidate sets, drawn once, kept in
+the data folder and the same for every model: `random` (unseen items) and `hard` (unseen items near the positive). The first
+policy is compared with each other one, user by user.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hanorec.backbone import Backbone, load_backbone
+from hanorec.catalog import load_catalog
+from hanorec.config import DataConfig, EvalConfig, ModelConfig, parse
+from hanorec.errors import InputError, run
+from hanorec.files import write_json
+from hanorec.interactions import (
+    Example,
+    draw_candidates,
+    draw_hard_candidates,
+    heldout_examples,
+    load_candidates,
+    load_interactions,
+    save_candidates,
+    select_users,
+)
+from hanorec.items import encode_pictures, neighbors
+from hanorec.lora import attach_policy, remove_adapters
+from hanorec.metrics import auc_rows, bootstrap_interval, ndcg_rows, paired_test, pooled_auc, rank_of_positive
+from hanorec.prompts import collate
+from hanorec.scoring import answer_log_probs, forward
+from hanorec.tasks import Source, scoring_rows, used_rows
+from hanorec.training import autocast, chunks, claim_folder, print_budget, write_run
+
+AT = 3  # the document's cut-off
+
+
+def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple[Source, dict[str, list[Example]]]:
+    """The frozen sets of each kind, drawn now if the data folder has none yet, for the users asked for."""
+    catalog = load_catalog(data.data)
+    interactions = load_interactions(data.data, catalog)
+    examples = heldout_examples(interactions, config.split, data.history)
+    if not examples:
+        raise InputError(f"{Path(data.data) / config.split}.tsv: no user, expected at least one held-out item")
+    pictures, sets = {}, {}
+    for kind in ("random", "hard") if config.sets == "both" else (config.sets,):
+        path = Path(data.data) / f"candidates_{config.split}_{kind}.json"
+        facts = {"kind": kind, "split": config.split, "seed": config.seed, "negatives": data.negatives}
+        if not path.exists() and kind == "random":
+            save_candidates(path, draw_candidates(examples, catalog, data.negatives, config.seed), catalog, **facts)
+        elif not path.exists():
+            pictures = encode_pictures(backbone, catalog, range(len(catalog.ids)))
+            near = neighbors(backbone, catalog, pictures, data.neighbors)[2].cpu().numpy()
+            drawn = draw_hard_candidates(examples, catalog, near, data.negatives, config.seed)
+            save_candidates(path, drawn, catalog, **facts, neighbors=data.neighbors, embedding=f"input embeddings of {backbone.path}")
+        sets[kind] = load_candidates(path, examples, catalog, **facts)
+    if config.user is not None:
+        users = {config.user}
+        if config.user not in {e.user for e in examples}:
+            raise InputError(f"--user {config.user!r}: not in {config.split}.tsv of {data.data}; expected one of its {len(examples)} users")
+    else:
+        users = set(select_users([e.user for e in examples], data.users_from, data.users_to, config.seed))
+    sets = {kind: [e for e in drawn if e.user in users] for kind, drawn in sets.items()}
+    needed = set().union(*(used_rows(drawn) for drawn in sets.values()))
+    if config.images == "shuffled":  # every image goes to another item, so the owner must be encoded, not the borrower
+        owners = [row for row in range(len(catalog.ids)) if catalog.images[row] is not None]
+        moved = np.roll(np.random.default_rng(config.seed).permutation(owners), 1)
+        back = dict(zip(np.random.default_rng(config.seed).permutation(owners).tolist(), moved.tolist(), strict=True))
+        catalog = replace(catalog, images=tuple(catalog.images[back.get(row, row)] for row in range(len(catalog.ids))))
+        pictures = {}
+    if not pictures:
+        pictures = encode_pictures(backbone, catalog, needed)
+    return Source(backbone, catalog, pictures, data), sets
+
+
+@torch.no_grad()
+def score(source: Source, examples: list[Example], batch: int) -> dict[str, np.ndarray]:
+    """EV-1 for every candidate of every user: {"sum": (U, C), "mean": (U, C)}; binary: log P(Yes) - log P(No)."""
+    rows = scoring_rows(source, examples)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))  # like lengths together: less padding
+    found: dict[str, list[Any]] = {"sum": [None] * len(rows), "mean": [None] * len(rows)}
+    for part in tqdm(list(chunks(order, batch)), desc="users", disable=None, leave=False):
+        micro = collate(source.backbone, [rows[i] for i in part], source.pictures)
+        with autocast(source.backbone):
+            logits = forward(source.backbone, micro)
+        for kind in found:
+            log_probs = answer_log_probs(logits, micro, mean=kind == "mean")  # (B, A)
+            values = log_probs if source.config.task == "ranking" else log_probs[:, 0] - log_probs[:, 1]
+            for i, value in zip(part, values.double().cpu().numpy(), strict=True):
+                found[kind][i] = value
+    return {kind: np.stack(values).reshape(len(examples), -1) for kind, values in found.items()}
+
+
+def summarise(scores: np.ndarray, examples: list[Example], seed: int) -> dict[str, Any]:
+    """Metrics with bootstrap 95% intervals, accuracy by the positive's position, and the values of each user."""
+    positive = np.array([e.candidates.index(e.target) for e in examples])
+    ranks = rank_of_positive(scores, positive)
+    own = np.take_along_axis(scores, positive[:, None], 1)[:, 0]
+    negative = scores[np.arange(scores.shape[1]) != positive[:, None]].reshape(len(scores), -1)
+    rows = {f"HR@{AT}": (ranks <= AT).astype(float), f"NDCG@{AT}": ndcg_rows(ranks, AT), "AUC": auc_rows(own, negative)}
+    by_position = {str(p): {"users": int((positive == p).sum()), "accuracy": float((ranks[positive == p] == 1).mean())}
+                   for p in range(scores.shape[1]) if (positive == p).any()}
+    return {"metrics": {name: {"value": float(r.mean()), "interval": bootstrap_interval(r, seed=seed)} for name, r in rows.items()},
+            "pooled_AUC": pooled_auc(own, negative.ravel()), "accuracy_by_position": by_position,
+            "rows": {name: r.tolist() for name, r in rows.items()}, "ranks": ranks.tolist()}
+
+
+def chance(candidates: int) -> dict[str, float]:
+    """What a random order of the candidates reaches."""
+    top = min(AT, candidates)
+    return {f"HR@{AT}": top / candidates, f"NDCG@{AT}": float(ndcg_rows(np.arange(1, candidates + 1), AT).mean()), "AUC": 0.5}
+
+
+def popularity(source: Source, examples: list[Example]) -> np.ndarray:
+    """Scores (U, C): how often each candidate was chosen in train.tsv."""
+    train = load_interactions(source.config.data, source.catalog).train
+    count = Counter(row for rows in train.values() for row in rows)
+    return np.array([[float(count[c]) for c in e.candidates] for e in examples])
+
+
+def print_table(kind: str, rows: dict[str, dict[str, Any]]) -> None:
+    """One candidate set: a line a policy, value and interval in percent."""
+    names = [f"HR@{AT}", f"NDCG@{AT}", "AUC"]
+    width = max(12, *map(len, rows))
+    print(f"\n{kind + ' candidates':<{width}}" + "".join(f"{name:>26}" for name in names))
+    for name, result in rows.items():
+        cells = [result["metrics"][n] for n in names]
+        text = [f"{100 * c['value']:.2f}" + ("" if c["interval"] is None else " [{:.2f}, {:.2f}]".format(*(100 * x for x in c["interval"])))
+                for c in cells]
+        print(f"{name:<{width}}" + "".join(f"{t:>26}" for t in text))
+
+
+def print_user(source: Source, sets: dict[str, list[Example]], policies: Sequence[str], config: EvalConfig) -> None:
+    """The Top-K titles of one user for each policy, from the user's random candidate set."""
+    for example in sets["random"]:
+        if not 1 <= config.top_k <= len(example.candidates):
+            raise InputError(f"--top-k {config.top_k}: user {config.user!r} has {len(example.candidates)} candidates; choose 1 .. that many")
+        print(f"user {config.user}, history: " + " | ".join(source.catalog.titles[row] for row in example.history))
+        for policy in policies:
+            use_policy(source.backbone, policy)
+            scores = score(source, [example], config.batch)["sum"][0]
+            print(f"{policy}:")
+            for place, c in enumerate(np.argsort(-scores, kind="stable")[: config.top_k], 1):
+                row = example.candidates[c]
+                mark = "  <- chosen" if row == example.target else ""
+                print(f"  {place}. {source.catalog.titles[row]} (id {source.catalog.ids[row]}, score {scores[c]:.3f}){mark}")
+
+
+def use_policy(backbone: Backbone, policy: str) -> None:
+    """Put exactly this policy's adapters on the base."""
+    remove_adapters(backbone.model)
+    if policy != "base":
+        attach_policy(backbone.model, policy)
+    backbone.model.eval()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    model_config, data, config = parse([ModelConfig, DataConfig, EvalConfig], argv, __doc__)
+    policies = config.adapter or ["base"]
+    if len(set(policies)) < len(policies):
+        raise InputError(f"--adapter {' '.join(policies)}: one policy twice; name each once")
+    if config.user is not None:
+        config = replace(config, sets="random")
+    out = claim_folder(config.out)
+    backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels)
+    source, sets = candidate_sets(backbone, data, config)
+    if config.user is not None:
+        return print_user(source, sets, policies, config)
+    print_budget(scoring_rows(source, next(iter(sets.values()))[:32]), config.batch, backbone)
+    report: dict[str, Any] = {"settings": asdict(data) | asdict(config), "sets": {}}
+    scores = {}
+    for policy in policies:
+        use_policy(backbone, policy)
+        for kind, examples in sets.items():
+            scores[policy, kind] = score(source, examples, config.batch)
+    for kind, examples in sets.items():
+        results = {p: summarise(scores[p, kind]["sum"], examples, config.seed) for p in policies}
+        means = {p: summarise(scores[p, kind]["mean"], examples, config.seed) for p in policies}
+        known = {"popularity": summarise(popularity(source, examples), examples, config.seed),
+                 "chance": {"metrics": {k: {"value": v, "interval": None} for k, v in chance(len(examples[0].candidates)).items()}}}
+        tests = [{"better": policies[0], "than": other, "metric": name, **paired_test(results[policies[0]]["rows"][name], results[other]["rows"][name], seed=config.seed)}
+                 for other in policies[1:] for name in results[other]["rows"]]
+        report["sets"][kind] = {
+            "users": [{"user": e.user, "target": source.catalog.ids[e.target], "candidates": [source.catalog.ids[c] for c in e.candidates]}
+                      for e in examples],
+            "policies": results, "policies_mean_score": means, **known, "paired": tests,
+            "scores": {p: scores[p, kind]["sum"].tolist() for p in policies}}
+        print_table(kind, {**results, **{f"{p} (mean score)": m for p, m in means.items()}, **known})
+        for test in tests:
+            print(f"{test['better']} - {test['than']}, {test['metric']}: {100 * test['difference']:+.2f} "
+                  f"[{100 * test['low']:+.2f}, {100 * test['high']:+.2f}], p = {test['p']:.3f}")
+    write_json(out / "metrics.json", report)
+    write_run(out, [model_config, data, config])
+    print(f"\nwrote {out / 'metrics.json'}")
+
+
+if __name__ == "__main__":
+    run(main)

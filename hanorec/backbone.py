@@ -1,0 +1,167 @@
+"""The three MLLM families behind one small interface: load, image features, positions, forward.
+
+All three are the same three steps, written out in `forward` and `image_features` below: a frozen vision tower turns each image
+into a few vectors of the language model's width; they replace the placeholder tokens' embeddings; the language model runs. They
+differ in how an image is preprocessed, which tokens surround it, and in positions (Qwen counts time, height and width apart).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from hanorec.errors import InputError
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_next")  # config.model_type
+
+
+class Picture(NamedTuple):
+    """What the language model sees of one image."""
+
+    features: Tensor  # (n, d): n vectors of the language model's width
+    grid: Tensor | None  # (3,) int64: patches in time, height, width (Qwen), else None
+
+
+@dataclass
+class Backbone:
+    """A loaded checkpoint. `path` is what the user named; `template` is the chat template or None."""
+
+    path: str
+    family: str
+    model: nn.Module
+    tokenizer: Any
+    image_processor: Any
+    template: str | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def width(self) -> int:
+        """d, the width of the language model."""
+        return self.config.text_config.hidden_size
+
+    @property
+    def context(self) -> int:
+        """The longest row, in tokens, that the language model has positions for."""
+        return self.config.text_config.max_position_embeddings
+
+    @property
+    def image_token(self) -> int:
+        return self.config.image_token_id
+
+    def around_image(self) -> tuple[list[int], list[int]]:
+        """The tokens before and after an image's placeholders."""
+        if self.family == "llava_next":
+            return [], []
+        return [self.config.vision_start_token_id], [self.config.vision_end_token_id]
+
+
+def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixels: int = 224 * 224) -> Backbone:
+    """Load a checkpoint from a local folder or a hub name: safetensors only, never remote code, no torchvision.
+
+    Args:
+        dtype: float32, bfloat16, or auto = bfloat16 on a GPU and float32 elsewhere. device: cpu, cuda, or auto.
+        max_pixels: an image is scaled down to at most so many pixels. Qwen: 784 pixels are one token, so 224 x 224 costs 64.
+            LLaVA-NeXT cannot go below its tower's resolution; tilings above max_pixels are left out, the smallest is kept.
+    Raises:
+        InputError: not a checkpoint, another family, a tokenizer without an end token or without the image token.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
+    safe = {"trust_remote_code": False}
+    if (looks_local := Path(path).expanduser()).exists() and not (looks_local / "config.json").exists():
+        raise InputError(f"{path}: no config.json in it, expected a checkpoint folder as save_pretrained writes it")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True, **safe)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: cannot be loaded as an image-text model ({_first_line(error)}); expected a local folder or a "
+                         f"hub name of one of {', '.join(FAMILIES)}, with safetensors weights") from None
+    family = model.config.model_type
+    if family not in FAMILIES:
+        raise InputError(f"{path}: model type {family!r}, expected one of {', '.join(FAMILIES)}")
+    try:
+        if family == "llava_next":
+            processor = AutoProcessor.from_pretrained(path, **safe)
+            tokenizer, image_processor = processor.tokenizer, processor.image_processor
+            template = processor.chat_template or tokenizer.chat_template
+            _limit_tiles(model, image_processor, max_pixels)
+        else:  # Qwen's own processor needs torchvision, for video; its parts do not
+            tokenizer = AutoTokenizer.from_pretrained(path, **safe)
+            image_processor = AutoImageProcessor.from_pretrained(path, **safe)
+            template = tokenizer.chat_template
+            unit = (image_processor.patch_size * image_processor.merge_size) ** 2  # pixels behind one token
+            if max_pixels < unit:
+                raise InputError(f"max_pixels = {max_pixels}: one token of {path} covers {unit} pixels; allow at least that many")
+            own = image_processor.size  # both are areas, whatever their names say
+            image_processor.size = {edge: min(own[edge], max_pixels) for edge in ("shortest_edge", "longest_edge")}
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: its tokenizer or image processor cannot be loaded ({_first_line(error)}); "
+                         "copy tokenizer and preprocessor files of the same checkpoint beside the weights") from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no end token (eos_token), expected one; every answer ends with it: "
+                         "set eos_token in tokenizer_config.json to the model's end-of-turn token")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary or model.config.image_token_id >= vocabulary:
+        raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, image token {model.config.image_token_id}, but the model "
+                         f"embeds {vocabulary}; expected tokenizer and model of one checkpoint")
+    model.requires_grad_(False).to(device).eval()
+    return Backbone(str(path), family, model, tokenizer, image_processor, template)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+def _limit_tiles(model: nn.Module, image_processor: Any, max_pixels: int) -> None:
+    """Keep LLaVA-NeXT's tilings of at most max_pixels (at least the smallest one), the same in model and processor."""
+    tiles = sorted(model.config.image_grid_pinpoints, key=lambda size: size[0] * size[1])
+    kept = [size for size in tiles if size[0] * size[1] <= max_pixels] or tiles[:1]
+    model.config.image_grid_pinpoints = image_processor.image_grid_pinpoints = [list(size) for size in kept]
+
+
+@torch.no_grad()
+def image_features(backbone: Backbone, images: list[Image]) -> list[Picture]:
+    """Run the frozen vision tower and its projector on a batch of RGB images."""
+    inputs = backbone.image_processor(images=images, return_tensors="pt").to(backbone.device)
+    grids = inputs.get("image_grid_thw")
+    features = backbone.model.get_image_features(**inputs).pooler_output  # per image (n_i, d)
+    return [Picture(f.cpu(), None if grids is None else grids[i].cpu()) for i, f in enumerate(features)]
+
+
+def prompt_positions(backbone: Backbone, ids: list[int], grids: list[Tensor | None]) -> Tensor:
+    """Positions of a prompt without padding: (3, S) for Qwen (time, height, width), (1, S) for LLaVA-NeXT."""
+    row = torch.tensor([ids])
+    if backbone.family == "llava_next" or not grids:
+        return torch.arange(len(ids)).expand(1 if backbone.family == "llava_next" else 3, -1)
+    is_image = (row == backbone.image_token).int()
+    return backbone.model.model.get_rope_index(row, mm_token_type_ids=is_image, image_grid_thw=torch.stack(grids))[0][:, 0]
+
+
+def hidden_states(backbone: Backbone, ids: Tensor, positions: Tensor, mask: Tensor, pictures: Tensor) -> Tensor:
+    """The language model's last hidden states: ids (B, T), positions (R, B, T), mask (B, T) or (B, 1, T, T) additive, pictures
+    (n, d) = the features of all images in the order of their placeholders -> (B, T, d).
+
+    Raises ValueError where placeholders and features differ in number: they would silently shift.
+    """
+    language = backbone.model.model.language_model
+    x = backbone.model.get_input_embeddings()(ids)  # (B, T, d)
+    here = ids == backbone.image_token  # (B, T)
+    if int(here.sum()) != len(pictures):
+        raise ValueError(f"{int(here.sum())} image placeholders, {len(pictures)} image features: expected as many")
+    x = x.masked_scatter(here[..., None], pictures.to(x.device, x.dtype))
+    positions = positions if len(positions) == 3 else positions[0]
+    if mask.ndim == 4:
+        mask = mask.to(x.dtype)
+    return language(inputs_embeds=x, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state

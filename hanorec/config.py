@@ -1,0 +1,141 @@
+"""Every setting of the commands, its default, and who says so: the document, the authors' release, or ours.
+
+Flags and JSON keys are the field names: `train_sft.py --model M --data D --out O`, or `train_sft.py run.json`, or both, in which
+case the flags win.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import HfArgumentParser
+
+from hanorec.errors import InputError
+from hanorec.files import read_json
+
+
+def option(default: Any = MISSING, help: str = "", **argparse_options: Any) -> Any:
+    """A dataclass field with its help text; without a default it is required."""
+    metadata = {"help": help, **argparse_options}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which checkpoint, and how it is loaded."""
+
+    model: str = option(help="folder or hub name of a Qwen2-VL, Qwen2.5-VL or LLaVA-NeXT checkpoint")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "ours: bfloat16 on a GPU, float32 elsewhere")
+    device: str = option("auto", "ours: cuda if there is one, else cpu")
+    max_pixels: int = option(224 * 224, "ours, low: pixels of an image after scaling down; 784 pixels are one Qwen token")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data, and how a prompt is built from it."""
+
+    data: str = option(help="folder in the native layout; `python -m hanorec.datasets.<source> RAW OUT` writes one")
+    task: Literal["ranking", "binary"] = option("ranking", "document: rank candidates, or answer Yes / No on one item")
+    history: int = option(5, "document: how many past items the prompt shows")
+    negatives: int = option(9, "document: 1 + 9 candidates")
+    candidate_images: Literal["on", "off"] = option("on", "document: images of the candidates; off spares their tokens")
+    neighbors: int = option(50, "ours: hard negatives are drawn from so many nearest items of the positive")
+    users_from: float = option(0.0, "ours: use the users from this fraction of a seeded permutation ...")
+    users_to: float = option(1.0, "ours: ... up to this one, so that stages can have users of their own")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What both training stages share."""
+
+    out: str = option(help="folder for the adapter, log.jsonl and run.json; must be new or empty")
+    targets_per_user: int = option(3, "authors' release: the last 3 items of a training sequence are targets; 0 = all but the first")
+    draw: Literal["random", "hard"] = option("random", "document: random negatives; hard (ours): from the positive's neighbourhood")
+    lora_rank: int = option(8, "document")
+    lora_alpha: float = option(32.0, "authors' release")
+    lora_dropout: float = option(0.05, "authors' release")
+    learning_rate: float = option(1e-4, "document; cosine to 0")
+    epochs: int = option(5, "authors' release")
+    micro_batch: int = option(4, "authors' release: rows in one forward")
+    accumulation: int = option(8, "document: micro-batches in one optimizer step")
+    clip: float = option(1.0, "authors' release: largest norm of the gradient")
+    seed: int = option(2025, "authors' release")
+    checkpointing: bool = option(False, "ours: recompute activations in backward, to spare memory")
+
+
+PRESETS = {"microlens": 0.05, "netflix": 0.1, "movielens": 0.1}  # sigma_n, document
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """HaRS, NoDO and the preference loss."""
+
+    sft: str | None = option(None, "adapter of stage 1, frozen as the reference; none: the base model is the reference")
+    ablation: Literal["full", "no_hars", "no_nodo", "no_sam", "dpo"] = option("full", "document, ablation table; dpo = w/o ALL")
+    beta0: float = option(0.1, "document")
+    k: int = option(10, "document: K of the Top-K clusters")
+    embedding: Literal["input", "hidden"] = option("input", "ours: HN-1 from input embeddings, or from last hidden states")
+    gap: Literal["union", "ranked"] = option("union", "document's claim needs union; ranked is the authors' release (HN-4)")
+    hardness: Literal["sigmoid", "ratio", "standardised"] = option("sigmoid", "document; ratio: authors' release; standardised: ours (HN-5)")
+    eta: Literal["batch", "ema"] = option("batch", "document; ema (ours) normalises by running statistics (HN-7)")
+    trim: float | None = option(None, "document drops one reward at each end; a fraction here drops more")
+    dataset: Literal["microlens", "netflix", "movielens"] = option("microlens", "document: its noise strength, 0.05, 0.1 or 0.1")
+    sigma: float | None = option(None, "noise strength sigma_n, instead of the preset of --dataset")
+    noise: Literal["absolute", "relative"] = option("absolute", "document; relative (ours): times the RMS of the weights (HN-9)")
+    normalised: bool = option(False, "ours: scale each pair's loss by beta0 / beta' (HN-11)")
+    kl_coef: float = option(0.0, "ours: weight of the exact KL in the loss (HN-12)")
+    log_kl: bool = option(False, "log the exact KL; costs one more forward")
+
+    @property
+    def hars(self) -> bool:
+        return self.ablation in ("full", "no_nodo", "no_sam")
+
+    @property
+    def sigma_n(self) -> float:
+        """HN-9's strength after ablation, preset and flag."""
+        if self.ablation in ("no_nodo", "dpo"):
+            return 0.0
+        return PRESETS[self.dataset] if self.sigma is None else self.sigma
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What evaluate.py reports."""
+
+    out: str = option(help="folder for metrics.json; must be new or empty")
+    adapter: list[str] = option([], "adapter folder; repeat it to compare; `base` = the bare model", action="extend")
+    split: Literal["test", "val"] = option("test", "test for reports, val for choosing settings")
+    sets: Literal["both", "random", "hard"] = option("both", "candidate sets")
+    images: Literal["own", "shuffled"] = option("own", "shuffled (ours): give each item another one's image, to see what images are worth")
+    batch: int = option(4, "users in one forward")
+    seed: int = option(2025, "seed of the candidate sets and of the intervals")
+    user: str | None = option(None, "print a ranked list for this user instead of metrics")
+    top_k: int = option(3, "length of that list")
+
+
+def parse(types: Sequence[type], argv: Sequence[str] | None = None, about: str | None = None) -> tuple[Any, ...]:
+    """The dataclasses filled from a JSON file (first argument, if it ends in .json) and flags. Unknown keys are InputErrors."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(types, description=about, allow_abbrev=False)
+    if argv and argv[0].endswith(".json"):
+        path, settings = Path(argv[0]), read_json(Path(argv[0]))
+        known = {field.name for kind in types for field in dataclasses.fields(kind)}
+        if not isinstance(settings, dict) or (unknown := sorted(settings.keys() - known)):
+            what = f"unknown keys {', '.join(unknown)}" if isinstance(settings, dict) else "not an object"
+            raise InputError(f"{path}: {what}; expected a JSON object with keys among {', '.join(sorted(known))}")
+        from_file = []
+        for key, value in settings.items():
+            if value is not None and value != []:
+                from_file += [f"--{key}", *(map(str, value) if isinstance(value, list) else [_flag(value)])]
+        argv = from_file + argv[1:]
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def _flag(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

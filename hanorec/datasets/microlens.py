@@ -1,0 +1,68 @@
+r"""MicroLens -> native layout. Covers come from --images (file stem = item id).
+
+*_pairs.csv     header user,item,timestamp (ms)         used when it is there, since it states the times
+*_pairs.tsv     user<TAB>id id id ...                   already in order
+*_titles.csv    or *_title_en.csv: item,title           no quoting: everything after the first comma is the title
+"""
+
+from pathlib import Path
+
+from hanorec.datasets.native import Log, add_title, convert, parser, split_fields
+from hanorec.errors import InputError, run
+from hanorec.lines import numbered_lines, only_file
+
+HEADER = "user,item,timestamp"
+
+
+def read_pairs_csv(path: Path) -> Log:
+    log = Log()
+    for line, text in numbered_lines(path, progress=True):
+        if line == 1:
+            if text != HEADER:
+                raise InputError(f"{path}:1: header {text[:80]!r}; expected {HEADER!r}, so mend the file")
+            continue
+        user, item, time = split_fields(path, line, text, ",", 3, HEADER)
+        log.add(path, line, user, item, time)
+    return log
+
+
+def read_pairs_tsv(path: Path) -> Log:
+    log = Log()
+    for line, text in numbered_lines(path, progress=True):
+        user, items = split_fields(path, line, text, "\t", 2, "user<TAB>id id id ...")
+        for position, item in enumerate(items.split()):
+            log.add(path, line, user, item, position)
+    return log
+
+
+def read_titles(path: Path) -> tuple[dict[str, str], bool]:
+    """Titles, and whether the first line was a header. Ids are digits, so a first line without one is a header."""
+    titles: dict[str, str] = {}
+    has_header = False
+    for line, text in numbered_lines(path):
+        item, comma, title = text.partition(",")
+        if not comma:
+            raise InputError(
+                f"{path}:{line}: no comma in {text[:80]!r}; expected item,title, so mend or remove the line"
+            )
+        if line == 1 and not item.isdigit():
+            has_header = True
+            continue
+        add_title(titles, path, line, item, title)
+    return titles, has_header
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser("microlens", "MicroLens: *_pairs.csv or *_pairs.tsv, *_titles.csv or *_title_en.csv").parse_args(argv)
+    titles_path = only_file(args.raw, "*_titles.csv", "*_title_en.csv")
+    titles, has_header = read_titles(titles_path)
+    has_times = any(args.raw.glob("*_pairs.csv"))
+    pairs = only_file(args.raw, "*_pairs.csv" if has_times else "*_pairs.tsv")
+    log = read_pairs_csv(pairs) if has_times else read_pairs_tsv(pairs)
+    source = {"format": "MicroLens", "files": [pairs.name, titles_path.name], "titles_header": has_header}
+    print(f"read {pairs.name} and {titles_path.name} ({'with' if has_header else 'without'} a header)")
+    convert(args, log, titles, {}, pairs.stem.removesuffix("_pairs"), source)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,82 @@
+r"""RecBole's atomic files (.inter, .item) -> native layout.
+
+Both are tab separated, without quoting; the header types each column, as in `user_id:token<TAB>timestamp:float`.
+Text (`token_seq`) is words separated by spaces, so a genre field becomes one genre a word.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hanorec.datasets.native import Log, add_title, convert, parser, split_fields
+from hanorec.errors import InputError, run
+from hanorec.lines import numbered_lines, only_file
+
+
+def read_rows(path: Path, progress: bool = False) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """The column names, and an iterator over (line number, fields)."""
+    lines = numbered_lines(path, progress=progress)
+    header = next(lines, (1, ""))[1].split("\t")
+    if not all(name and kind for name, _, kind in (field.partition(":") for field in header)):
+        raise InputError(f"{path}:1: header {header}; expected typed columns such as user_id:token, separated by tabs")
+    names = [field.partition(":")[0] for field in header]
+    what = ", ".join(names)
+    return names, ((line, split_fields(path, line, text, "\t", len(names), what)) for line, text in lines)
+
+
+def column(path: Path, names: list[str], wanted: str, option: str) -> int:
+    """The position of a column; `wanted` may be several names with commas between: the first that is there counts."""
+    for name in wanted.split(","):
+        if name in names:
+            return names.index(name)
+    raise InputError(f"{path}:1: no column {wanted!r} among {', '.join(names)}; name the right one with {option}")
+
+
+def read_interactions(path: Path, user: str, item: str, time: str, rating: str) -> Log:
+    """time "none": the order of the file; rating "none": no ratings."""
+    names, rows = read_rows(path, progress=True)
+    user_at, item_at = column(path, names, user, "--user-field"), column(path, names, item, "--item-field")
+    time_at = None if time == "none" else column(path, names, time, "--time-field (none: the order of the file)")
+    rating_at = None if rating == "none" else column(path, names, rating, "--rating-field (none: no ratings)")
+    log = Log()
+    for line, fields in rows:
+        order = line if time_at is None else fields[time_at]
+        log.add(
+            path, line, fields[user_at], fields[item_at], order, *([] if rating_at is None else [fields[rating_at]])
+        )
+    return log
+
+
+def read_items(path: Path, item: str, title: str, genre: str) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """genre "none": no genres."""
+    names, rows = read_rows(path)
+    item_at, title_at = column(path, names, item, "--item-field"), column(path, names, title, "--title-field")
+    genre_at = None if genre == "none" else column(path, names, genre, "--genre-field (none: no genres)")
+    titles, genres = {}, {}
+    for line, fields in rows:
+        add_title(titles, path, line, fields[item_at], fields[title_at])
+        genres[fields[item_at]] = [] if genre_at is None else fields[genre_at].split()
+    return titles, genres
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser(
+        "recbole", "RecBole atomic files: one .inter and one .item. Several names: the first that is there."
+    )
+    fields = {
+        "user": "user_id", "item": "item_id", "time": "timestamp", "rating": "rating",
+        "title": "title,movie_title", "genre": "genre,class,categories",
+    }  # fmt: skip
+    for kind, default in fields.items():
+        options.add_argument(f"--{kind}-field", default=default, metavar="NAME", help=f"default {default}")
+    args = options.parse_args(argv)
+    inter, items = only_file(args.raw, "*.inter"), only_file(args.raw, "*.item")
+    genre_field = args.genre_field if args.draw_covers else "none"  # nothing else uses genres
+    titles, genres = read_items(items, args.item_field, args.title_field, genre_field)
+    log = read_interactions(inter, args.user_field, args.item_field, args.time_field, args.rating_field)
+    source = {"format": "RecBole atomic files", "files": [inter.name, items.name]}
+    source |= {f"{kind}_field": getattr(args, f"{kind}_field") for kind in fields}
+    convert(args, log, titles, genres, inter.stem, source)
+
+
+if __name__ == "__main__":
+    run(main)

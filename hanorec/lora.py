@@ -1,0 +1,322 @@
+r"""LoRA by hand, its Gaussian noise (HN-9, HN-10), stacks of adapters, and their files.
+
+An adapter is one `LoRALinear` around every linear of the language model. A second `add_lora` wraps the first one's layers,
+which makes a stack: the base, the frozen SFT adapter, the DPO adapter being trained on top. Everything here that says
+"the adapter" means the top one, so `adapters_off` gives exactly the policy as it was before the top adapter existed.
+
+Source: document 000, section 2.2, NoDO. Files: PEFT's format, so PEFT and vLLM load them; our own facts in hanorec.json.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hanorec.errors import InputError
+from hanorec.files import read_json, sha256, write_bytes, write_json
+
+
+class LoRALinear(nn.Module):
+    r"""y = W x + scale * B A x, with W (any linear, or a LoRALinear below this one) frozen.
+
+    A: (r, in), kaiming-uniform; B: (out, r), zero, so that a fresh adapter changes nothing. scale = alpha / r.
+    A and B are float32 (float64 under a float64 base), whatever the base is: small updates would vanish in bfloat16.
+    """
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        weight = base.B if isinstance(base, LoRALinear) else base.weight
+        self.in_features, self.out_features = base.in_features, base.out_features
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.base = base
+        self.A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=weight.device))
+        self.B = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
+        self.scale, self.dropout = alpha / r, dropout
+        self.active = True
+        self.noise: tuple[Tensor, Tensor] | None = None  # sigma_n eps_A, sigma_n eps_B while `lora_noise` is open
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.active:
+            return y
+        A, B = self.A, self.B
+        if self.noise is not None:
+            # HN-10: \tilde\pi_\theta = \pi_{\theta}(A', B') \text{: the policy computed with the noisy weights}
+            A, B = A + self.noise[0], B + self.noise[1]
+        # A frozen adapter is part of the reference, so it has no dropout.
+        x = F.dropout(x, self.dropout, self.training and self.A.requires_grad)
+        return y + self.scale * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The part of a model that LoRA may touch: `model.model.language_model` of an MLLM, `model.model` of a text-only LM."""
+    inner = getattr(model, "model", model)
+    return getattr(inner, "language_model", inner)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Module path -> LoRALinear of the top adapter; empty for a model without one."""
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, LoRALinear]]:
+        for name, child in module.named_children():
+            here = f"{path}.{name}" if path else name
+            if isinstance(child, LoRALinear):
+                yield here, child  # what lies below it belongs to the stack, not to the top
+            else:
+                yield from walk(child, here)
+    return dict(walk(model, ""))
+
+
+def add_lora(model: nn.Module, r: int = 8, alpha: float = 32, dropout: float = 0.05) -> list[LoRALinear]:
+    """Freeze the model, earlier adapters included, and put a fresh trainable adapter on every linear of the language model.
+
+    Returns the new layers. Raises ValueError for r < 1 or where there is no linear.
+    """
+    if r < 1:
+        raise ValueError(f"LoRA rank {r}: expected at least 1")
+    model.requires_grad_(False)
+    added = []
+    for parent in list(language_model(model).modules()):
+        if isinstance(parent, LoRALinear):
+            continue  # its `base` is inside the stack already
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear | LoRALinear):
+                added.append(LoRALinear(child, r, alpha, dropout).train(child.training))
+                setattr(parent, name, added[-1])
+    if not added:
+        raise ValueError(f"{type(model).__name__} has no linear in its language model, expected some; is it a supported family?")
+    return added
+
+
+@contextmanager
+def lora_noise(model: nn.Module, sigma: float, generator: torch.Generator | None = None,
+               mode: str = "absolute") -> Iterator[None]:
+    r"""NoDO: one draw of Gaussian noise on the A and B of the top adapter, held until the block ends.
+
+    Forward AND backward belong inside the block: activation checkpointing computes the forward again during backward, and
+    must see the same draw. sigma = 0 draws nothing and is exactly LoRA.
+
+    Args:
+        sigma: sigma_n >= 0. mode: "absolute" (document) or "relative" (ours): times the RMS of the layer's own A, and of its B,
+            but of a fresh A while B is smaller than that.
+        generator: where the draws come from; default torch's global one.
+    """
+    layers = list(lora_layers(model).values())
+    if sigma < 0 or mode not in ("absolute", "relative"):
+        raise ValueError(f"noise of strength {sigma}, mode {mode!r}: expected sigma >= 0 and mode absolute or relative")
+    if any(layer.noise is not None for layer in layers):
+        raise RuntimeError("lora_noise inside lora_noise: the outer draw would be lost")
+    try:
+        for layer in layers if sigma > 0 else []:
+            scale_A = scale_B = 1.0
+            if mode == "relative":
+                scale_A = rms(layer.A)
+                scale_B = max(rms(layer.B), (3 * layer.in_features) ** -0.5)  # RMS of a fresh A: U(-1/sqrt in, 1/sqrt in)
+            # HN-9: A' = A + \sigma_n \epsilon_A, \quad B' = B + \sigma_n \epsilon_B, \quad \epsilon \sim N(0, I)
+            layer.noise = (sigma * scale_A * _gaussian(layer.A, generator), sigma * scale_B * _gaussian(layer.B, generator))
+        yield
+    finally:
+        for layer in layers:
+            layer.noise = None
+
+
+def rms(weight: Tensor) -> float:
+    """Root mean square of the entries of a weight."""
+    return weight.detach().square().mean().sqrt().item()
+
+
+def _gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The reference policy: inside the block the top adapter does nothing."""
+    layers = list(lora_layers(model).values())
+    before = [layer.active for layer in layers]
+    try:
+        for layer in layers:
+            layer.active = False
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active
+
+
+@torch.no_grad()
+def collapse_adapters(model: nn.Module) -> None:
+    r"""Turn a stack into one exact adapter: A = [A1; A2], B = [s1 B1, s2 B2], scale 1, so r = alpha = r1 + r2."""
+    for path, top in lora_layers(model).items():
+        stack = [top]
+        while isinstance(stack[-1].base, LoRALinear):
+            stack.append(stack[-1].base)
+        one = LoRALinear(stack[-1].base, sum(layer.r for layer in stack), sum(layer.r for layer in stack), top.dropout)
+        one.A.copy_(torch.cat([layer.A for layer in reversed(stack)]))
+        one.B.copy_(torch.cat([layer.scale * layer.B for layer in reversed(stack)], 1))
+        _replace(model, path, one.train(top.training))
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    r"""Add every adapter of the stack to the base, W + s B A in float32, and remove the LoRALinears."""
+    collapse_adapters(model)
+    for path, layer in lora_layers(model).items():
+        weight = layer.base.weight
+        weight.copy_(weight.to(layer.A.dtype) + layer.scale * layer.B @ layer.A)
+        _replace(model, path, layer.base)
+
+
+@torch.no_grad()
+def remove_adapters(model: nn.Module) -> None:
+    """Back to the bare base model."""
+    while layers := lora_layers(model):
+        for path, layer in layers.items():
+            _replace(model, path, layer.base)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+# ---- adapter files ----
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What the top adapter stands on, as a hash of the layers' paths, shapes and first values, adapters below included.
+
+    Values are rounded to bfloat16 first, so that one checkpoint has one fingerprint whatever dtype it is loaded in.
+    """
+    digest = hashlib.sha256()
+    for path, layer in lora_layers(model).items():
+        below = layer.base
+        while True:
+            weights = [below.A, below.B] if isinstance(below, LoRALinear) else [below.weight]
+            for weight in weights:
+                sample = weight.detach().flatten()[:256].to("cpu", torch.bfloat16).view(torch.int16)
+                digest.update(f"{path} {tuple(weight.shape)} ".encode() + sample.numpy().tobytes())
+            if not isinstance(below, LoRALinear):
+                break
+            below = below.base
+    return digest.hexdigest()
+
+
+def save_adapter(model: nn.Module, directory: str | Path, base: str, **facts: Any) -> None:
+    """Write the top adapter: adapter_model.safetensors, hanorec.json, adapter_config.json (last, as the mark of completeness).
+
+    base: name or path of the base checkpoint. facts: what else hanorec.json should say (stage, settings, data hash).
+    """
+    directory, layers = Path(directory), lora_layers(model)
+    if not layers:
+        raise ValueError("save_adapter: the model has no LoRA layer; call add_lora first")
+    top = next(iter(layers.values()))
+    tensors = {f"base_model.model.{path}.lora_{side}.weight": getattr(layer, side).detach().cpu().contiguous()
+               for path, layer in layers.items() for side in "AB"}
+    leaves = sorted({path.rpartition(".")[2] for path in layers})
+    stem = re.escape(_common_prefix(list(layers)))
+    data = save(tensors, metadata={"format": "pt"})
+    write_bytes(directory / "adapter_model.safetensors", data)
+    write_json(directory / "hanorec.json", {
+        **facts, "base": base, "stands_on": fingerprint(model), "adapter_sha256": hashlib.sha256(data).hexdigest()})
+    write_json(directory / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": top.r,
+        "lora_alpha": top.scale * top.r, "lora_dropout": top.dropout, "bias": "none", "fan_in_fan_out": False,
+        "target_modules": rf"{stem}.*\.({'|'.join(leaves)})", "modules_to_save": None, "inference_mode": True})
+
+
+def _common_prefix(paths: list[str]) -> str:
+    """`model.language_model.` of a list of module paths: all leading names that they share and that are no index."""
+    first, last = min(paths).split("."), max(paths).split(".")
+    shared = [a for a, b in zip(first, last, strict=False) if a == b]
+    names = []
+    for a, b in zip(first, last, strict=False):
+        if a != b or a == "layers" or len(names) == len(shared):
+            break
+        names.append(a)
+    return ".".join(names) + "." if names else ""
+
+
+def adapter_config(directory: str | Path) -> dict[str, Any]:
+    """The checked adapter_config.json of a directory. InputError for a variant of LoRA that this code does not compute."""
+    path = Path(directory) / "adapter_config.json"
+    config = read_json(path)
+    wanted = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "use_dora": False,
+              "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    for key, value in wanted.items():
+        if (config.get(key) or None) != (value or None):
+            raise InputError(f"{path}: {key} = {config.get(key)!r}, expected {value!r}; only plain LoRA is supported")
+    if not (isinstance(config.get("r"), int) and config["r"] >= 1 and isinstance(config.get("lora_alpha"), int | float)):
+        raise InputError(f"{path}: r = {config.get('r')!r}, lora_alpha = {config.get('lora_alpha')!r}, expected numbers; remake the file")
+    return config
+
+
+def attach_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Stack the saved adapter on top of the model, as its own rank and alpha say, and load it (frozen by a later one)."""
+    config = adapter_config(directory)
+    add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0)
+    load_adapter(model, directory)
+
+
+def attach_policy(model: nn.Module, directory: str | Path) -> None:
+    """Attach what the adapter stands on, kept in its folder `below` by train_dpo.py, and then the adapter."""
+    if (Path(directory) / "below").exists():
+        attach_policy(model, Path(directory) / "below")
+    attach_adapter(model, directory)
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Fill the top adapter of the model from `directory`; a model without one gets it first.
+
+    Strict: InputError where rank, scale, any key or shape differs, a value is not finite, the file was altered, or the adapter
+    was trained on another base (or on another adapter below it). Nothing is loaded then.
+    """
+    directory = Path(directory)
+    if not lora_layers(model):
+        return attach_adapter(model, directory)
+    config, layers, path = adapter_config(directory), lora_layers(model), directory / "adapter_model.safetensors"
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; is {directory} an adapter folder?") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); save the adapter again") from None
+    if (directory / "hanorec.json").exists():
+        facts = read_json(directory / "hanorec.json")
+        if facts.get("adapter_sha256") != sha256(path):
+            raise InputError(f"{path}: its hash differs from the one in hanorec.json; the file was changed or half written: save it again")
+        if facts.get("stands_on") != fingerprint(model):
+            raise InputError(f"{directory}: this adapter was trained on another base ({facts.get('base')}), or on another adapter "
+                             "below it; load that base, and the adapters in the order in which they were trained")
+    expected = {f"base_model.model.{name}.lora_{side}.weight": getattr(layer, side)
+                for name, layer in layers.items() for side in "AB"}
+    for name, layer in layers.items():
+        scale = config["lora_alpha"] / config["r"]
+        if layer.r != config["r"] or abs(layer.scale - scale) > 1e-9:
+            raise InputError(f"{directory}: rank {config['r']}, scale {scale}, but {name} has rank {layer.r}, scale {layer.scale}; "
+                             "add LoRA with the adapter's own r and alpha")
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise InputError(f"{path}: {len(missing)} tensors are missing, e.g. {missing[0]}; the adapter is of another base model")
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise InputError(f"{path}: {len(extra)} tensors have no place in this model, e.g. {extra[0]}; the adapter is of another base model")
+    for key, parameter in expected.items():
+        if tensors[key].shape != parameter.shape or not tensors[key].is_floating_point():
+            raise InputError(f"{path}: {key} is {tensors[key].dtype} {tuple(tensors[key].shape)}, expected floats of shape "
+                             f"{tuple(parameter.shape)}; the adapter is of another base or rank")
+        if not tensors[key].isfinite().all():
+            raise InputError(f"{path}: {key} holds NaN or infinity; the training run broke, use an earlier adapter")
+    with torch.no_grad():
+        for key, parameter in expected.items():
+            parameter.copy_(tensors[key])

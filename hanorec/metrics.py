@@ -1,0 +1,98 @@
+r"""Ranks, HR, NDCG, AUC, image-text similarity, and how sure we can be of them (EV-1 .. EV-4).
+
+U = users, C = candidates. Numbers here are small, so all of it is float64 NumPy. Source: document 000, section 3.1.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def rank_of_positive(scores: ArrayLike, positive: ArrayLike) -> np.ndarray:
+    r"""Ranks (U,), from 1 = best, of the positive candidate at position `positive` (U,) among scores (U, C).
+
+    A tie counts against the positive, so that a model which scores all alike gets the last place. NaN raises ValueError.
+    """
+    scores, positive = np.asarray(scores, np.float64), np.asarray(positive)
+    if np.isnan(scores).any():
+        raise ValueError(f"user row {int(np.isnan(scores).any(1).argmax())} has a NaN score, expected numbers; the model is broken")
+    own = np.take_along_axis(scores, positive[:, None], 1)
+    # EV-1: \operatorname{rank} = 1 + |\{c \ne c^+ : \operatorname{score}(c) \ge \operatorname{score}(c^+)\}|
+    return (scores >= own).sum(1)
+
+
+def hit_rate(ranks: ArrayLike, k: int) -> float:
+    r"""HR@k in 0 .. 1: the share of users whose positive stands among the first k."""
+    return float((np.asarray(ranks) <= k).mean())
+
+
+def ndcg_rows(ranks: ArrayLike, k: int) -> np.ndarray:
+    r"""NDCG@k of each user (U,): one relevant item, so the ideal gain is 1."""
+    ranks = np.asarray(ranks, np.float64)
+    # EV-2: NDCG@k = \frac{1}{\log_2(1 + \operatorname{rank})} \text{ if } \operatorname{rank} \le k \text{ else } 0
+    return np.where(ranks <= k, 1 / np.log2(1 + ranks), 0.0)
+
+
+def ndcg(ranks: ArrayLike, k: int) -> float:
+    r"""NDCG@k in 0 .. 1, the mean over users."""
+    return float(ndcg_rows(ranks, k).mean())
+
+
+def auc_rows(positive: ArrayLike, negative: ArrayLike) -> np.ndarray:
+    r"""AUC of each user (U,) from the scores (U,) of positives and (U, n) of negatives: won pairs, ties count half."""
+    positive, negative = np.asarray(positive, np.float64)[:, None], np.asarray(negative, np.float64)
+    # EV-3: AUC = P(s^+ > s^-) + \tfrac12 P(s^+ = s^-)
+    return ((positive > negative) + 0.5 * (positive == negative)).mean(1)
+
+
+def auc(positive: ArrayLike, negative: ArrayLike) -> float:
+    r"""AUC in 0 .. 1 from real-valued scores: (U,), (U, n), pairs within a user, ties half, mean over users."""
+    return float(auc_rows(positive, negative).mean())
+
+
+def pooled_auc(positive: ArrayLike, negative: ArrayLike) -> float:
+    r"""AUC over all pairs of the two sets (n,), (m,), whatever user they come from: the binary task's other reading."""
+    positive, negative = np.sort(np.asarray(positive, np.float64)), np.asarray(negative, np.float64)
+    above = len(positive) - np.searchsorted(positive, negative, side="right")
+    tied = np.searchsorted(positive, negative, side="right") - np.searchsorted(positive, negative, side="left")
+    return float((above + 0.5 * tied).sum() / (len(positive) * len(negative)))
+
+
+def similarity_groups(before: ArrayLike, after: ArrayLike, groups: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    r"""The "weak get weaker" curve: mean image-text similarity before and after training, (groups,) each.
+
+    Args:
+        before, after: (N,) cos(H_i, X_i) of each item with an image. Groups are by the similarity before, weakest first,
+            as equal as N allows.
+    Raises:
+        ValueError: fewer items than groups.
+    """
+    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    if len(before) < groups:
+        raise ValueError(f"{len(before)} items with an image in {groups} groups: expected at least one a group; use fewer groups")
+    # EV-4: G_1, \dots, G_{10} \text{ by } \cos(H_i, X_i) \text{ before}; \quad \operatorname{mean}_{i \in G_g} \cos(H_i, X_i) \text{ before and after}
+    parts = np.array_split(np.argsort(before, kind="stable"), groups)
+    return np.array([before[p].mean() for p in parts]), np.array([after[p].mean() for p in parts])
+
+
+def bootstrap_interval(rows: ArrayLike, samples: int = 2000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    r"""Percentile interval of the mean of per-user values (U,), users drawn with replacement."""
+    rows = np.asarray(rows, np.float64)
+    rng = np.random.default_rng(seed)
+    means = np.array([rows[rng.integers(0, len(rows), len(rows))].mean() for _ in range(samples)])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_test(a: ArrayLike, b: ArrayLike, samples: int = 2000, seed: int = 0) -> dict[str, float]:
+    r"""Is a better than b on the same users? a, b: (U,) per-user values.
+
+    Returns:
+        difference = mean(a - b), its bootstrap 95% interval (low, high), and the two-sided p of a sign-flip permutation test.
+    """
+    gap = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    low, high = bootstrap_interval(gap, samples, seed)
+    rng = np.random.default_rng(seed)
+    flipped = np.array([(gap * rng.choice([-1.0, 1.0], len(gap))).mean() for _ in range(samples)])
+    # The observed assignment counts as one of the permutations, so p is never 0.
+    p = (1 + (np.abs(flipped) >= abs(gap.mean()) - 1e-12).sum()) / (1 + samples)
+    return {"difference": float(gap.mean()), "low": low, "high": high, "p": float(p)}

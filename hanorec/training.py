@@ -1,0 +1,98 @@
+"""What both training scripts need around their loops: batches, the schedule, the log, and the record of the run."""
+
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from hanorec.backbone import Backbone
+from hanorec.errors import InputError
+from hanorec.files import write_json
+from hanorec.prompts import Row
+
+
+def global_batches(n: int, size: int, seed: int, epoch: int, least: int = 1) -> list[list[int]]:
+    """The optimizer steps of one epoch: a permutation of 0 .. n - 1 that is a function of seed and epoch, cut into `size`.
+
+    A rest of fewer than `least` joins the step before it. Raises InputError where n itself is smaller.
+    """
+    if n < least:
+        raise InputError(f"{n} training rows, at least {least} are needed in one optimizer step; use more users or more targets")
+    order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
+    batches = [order[i : i + size] for i in range(0, n, size)]
+    if len(batches) > 1 and len(batches[-1]) < least:
+        batches[-2:] = [batches[-2] + batches[-1]]
+    return batches
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Micro-batches: consecutive parts of at most `size`."""
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
+
+
+def cosine(step: int, steps: int) -> float:
+    """The learning rate's factor at `step` of 0 .. steps - 1: from 1 down toward 0 along half a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def autocast(backbone: Backbone) -> AbstractContextManager:
+    """bfloat16 arithmetic on a GPU, plain float32 on a CPU; losses leave it by themselves (losses.py)."""
+    return torch.autocast(backbone.device.type, torch.bfloat16, enabled=backbone.device.type == "cuda")
+
+
+def use_checkpointing(backbone: Backbone) -> None:
+    """Recompute each layer's activations in backward, without the reentrant variant, which would lose the noise of NoDO."""
+    backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+    backbone.model.disable_input_require_grads()  # else the frozen embeddings would be given gradients
+
+
+def print_budget(rows: Sequence[Row], micro_batch: int, backbone: Backbone) -> None:
+    """Tokens of a micro-batch at its largest, so that memory can be judged before it runs out."""
+    prompt, answer = max(len(row.prompt) for row in rows), max(sum(map(len, row.answers)) for row in rows)
+    image = max(sum(token == backbone.image_token for token in row.prompt) for row in rows)
+    print(f"{len(rows)} rows; prompts of up to {prompt} tokens ({image} of them images), answers of up to {answer}; "
+          f"a micro-batch of {micro_batch} takes at most {micro_batch * (prompt + answer):,} tokens; context {backbone.context}")
+
+
+def claim_folder(out: str | Path) -> Path:
+    """The output folder, made if need be. InputError where it holds files: a run never overwrites another."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty folder, expected a new one; choose another --out or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def write_run(out: Path, configs: Sequence[Any], **facts: Any) -> None:
+    """run.json: what was run, with what, on what."""
+    root = Path(__file__).parent.parent
+    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    write_json(out / "run.json", {
+        "command": Path(sys.argv[0]).name, "settings": {k: v for config in configs for k, v in asdict(config).items()}, **facts,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+                     "numpy": np.__version__},
+        "git_revision": git.stdout.strip() if git.returncode == 0 else None})
+
+
+def append_log(path: Path, record: dict[str, Any]) -> None:
+    """One line of JSON; flushed, so that a run can be watched."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+
+
+def check_finite(loss: float, norm: float, step: int, users: Sequence[str]) -> None:
+    """Stop before a broken step reaches the weights: InputError names the step, the values and the users of the batch."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise InputError(f"step {step}: loss {loss}, gradient norm {norm}, expected finite numbers; users of the batch: "
+                         f"{', '.join(users)}; nothing was updated: lower --learning-rate or --sigma, or look at these users' items")

@@ -1,0 +1,340 @@
+"""The converters, on small raw files written here: tricky spellings, ties in time, and every refusal."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hanorec.catalog import load_catalog, read_image
+from hanorec.datasets import microlens, movielens, netflix, recbole
+from hanorec.datasets.covers import draw_cover
+from hanorec.errors import InputError
+from hanorec.interactions import load_interactions
+
+
+def write(folder, **files):
+    """Files by name, with `__` for the dot; text is written as UTF-8."""
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (folder / name.replace("__", ".")).write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    return folder
+
+
+def convert(module, raw, *options):
+    out = raw.parent / "out"
+    module.main([str(raw), str(out), *options])
+    return out
+
+
+def message(module, raw, *options):
+    with pytest.raises(InputError) as caught:
+        convert(module, raw, *options)
+    left = [path.name for path in raw.parent.iterdir() if path.name.startswith(".out")]
+    assert not left, "a refused conversion leaves nothing half written"
+    return str(caught.value)
+
+
+def sequences(out):
+    """User -> (train, val, test) as texts, read without the package."""
+    result = {}
+    for part in ("train", "val", "test"):
+        for text in (out / f"{part}.tsv").read_text(encoding="utf-8").splitlines():
+            user, items = text.split("\t")
+            result.setdefault(user, []).append(items)
+    return {user: tuple(parts) for user, parts in result.items()}
+
+
+def read_titles(out):
+    with open(next(out.glob("*_titles.csv")), encoding="utf-8", newline="") as file:
+        return dict(list(csv.reader(file))[1:])
+
+
+def facts(out):
+    return json.loads((out / "dataset.json").read_text(encoding="utf-8"))
+
+
+MOVIES = """1::Misérables, Les (1995)::Drama|Musical
+2::Jumanji (1995)::Adventure
+30::Heat::Action
+4::Heat::Crime
+5::Nobody::War
+"""
+# user 9: times out of order, and a tie of 4 and 2 at time 50, which keeps the order of the file: 1, 4, 2, 30
+RATINGS = "9::4::5::50\n9::30::4::70\n8::1::3::5\n9::2::1::50\n9::1::5::10\n8::2::5::6\n8::4::4::7\n"
+
+
+@pytest.fixture
+def raw_1m(tmp_path):
+    return write(tmp_path / "raw", movies__dat=MOVIES.encode("latin-1"), ratings__dat=RATINGS)
+
+
+def test_movielens_1m(raw_1m, capsys):
+    out = convert(movielens, raw_1m)
+    assert sequences(out) == {"9": ("1 4", "2", "30"), "8": ("1", "2", "4")}
+    titles = read_titles(out)
+    assert titles["1"] == "Misérables, Les (1995)" and list(titles) == ["1", "2", "30", "4", "5"]
+    found = facts(out)
+    expected = {
+        "name": "MovieLens-1M",
+        "covers": "none",
+        "users": 2,
+        "items": 5,
+        "items_never_had": 1,
+        "interactions": 7,
+    }
+    assert {key: found[key] for key in expected} == expected
+    assert found["density"] == pytest.approx(7 / 10)
+    assert found["items_sharing_a_title"] == 2  # Heat, twice
+    assert "ties" in found["order"] or "equal times" in found["order"]
+    printed = capsys.readouterr().out
+    assert "2 users, 5 items (1 never had), 7 interactions, density 70.0000%" in printed
+    items = load_catalog(out)
+    data = load_interactions(out, items)
+    assert [items.ids[row] for row in data.before("9", "test")] == ["1", "4", "2"]
+
+
+def late(raw_times, parts):
+    """Users with a train or val item that is later than their val or test item: the leak that must not be."""
+    found = []
+    for user, sets in parts.items():
+        times = [[raw_times[user, item] for item in items.split()] for items in sets]
+        if max(times[0]) > min(times[1]) or max(times[1]) > min(times[2]):
+            found.append(user)
+    return found
+
+
+def test_split_does_not_leak_and_the_check_can_fail(raw_1m):
+    times = {}
+    for text in RATINGS.splitlines():
+        user, item, _, time = text.split("::")
+        times[user, item] = int(time)
+    parts = sequences(convert(movielens, raw_1m))
+    assert late(times, parts) == []
+    leaky = {user: (train, test, val) for user, (train, val, test) in parts.items()}
+    assert late(times, leaky) == ["9", "8"]
+    assert late(times, {"9": ("1 30", "4", "2")}) == ["9"]
+
+
+def test_movielens_100k_bom_and_crlf(tmp_path):
+    flags = ["0"] * 19
+    flags[5] = flags[8] = "1"
+    row = "|".join(["5", "Café, Le (1990)", "01-Jan-1990", "", "http://x", *flags])
+    data = "\ufeff1\t5\t3\t9\r\n1\t5\t3\t9\r\n1\t5\t3\t8\r\n".encode()
+    raw = write(tmp_path / "raw", u__item=(row + "\r\n").encode("latin-1"), u__data=data)
+    out = convert(movielens, raw)
+    assert sequences(out) == {"1": ("5", "5", "5")}
+    assert read_titles(out) == {"5": "Café, Le (1990)"}
+    assert facts(out)["repeated_interactions"] == 2
+    assert movielens.read_movies_100k(raw / "u.item")[1] == {"5": ["Comedy", "Drama"]}
+
+
+def test_movielens_needs_one_of_the_two(raw_1m, tmp_path):
+    assert "neither ratings.dat nor u.data" in message(movielens, write(tmp_path / "empty"))
+    write(raw_1m, u__data="")
+    assert "both" in message(movielens, raw_1m)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "parts"),
+    [
+        ("ratings.dat", "1::2::3\n", ["ratings.dat:1:", "3 fields", "'1::2::3'", "expected 4"]),
+        ("ratings.dat", RATINGS + "8::1::x::9\n", ["ratings.dat:8:", "rating 'x'", "expected a finite number"]),
+        ("ratings.dat", RATINGS + "8::1::3::nan\n", ["ratings.dat:8:", "time 'nan'"]),
+        ("ratings.dat", RATINGS + "::1::3::9\n", ["ratings.dat:8:", "user id ''"]),
+        ("ratings.dat", RATINGS + "8::1 2::3::9\n", ["ratings.dat:8:", "item id '1 2'", "without spaces"]),
+        ("ratings.dat", RATINGS + "8::77::3::9\n", ["'77'", "no title", "add it"]),
+        ("ratings.dat", RATINGS + "7::1::3::9\n", ["'7'", "1 interactions", "at least 3", "--min-items 3"]),
+        ("ratings.dat", "", ["none of the 0 users"]),
+        ("movies.dat", MOVIES + "6::X\n", ["movies.dat:6:", "2 fields", "expected 3"]),
+        ("movies.dat", MOVIES + "2::X::Y\n", ["movies.dat:6:", "'2'", "earlier line"]),
+        ("movies.dat", MOVIES + "6:: ::Y\n", ["movies.dat:6:", "'6'", "empty title"]),
+    ],
+)
+def test_bad_raw_lines(raw_1m, name, data, parts):
+    (raw_1m / name).write_bytes(data.encode("latin-1"))
+    text = message(movielens, raw_1m)
+    for part in parts:
+        assert part in text, text
+
+
+def test_filters(raw_1m, capsys):
+    text = message(movielens, raw_1m, "--min-rating", "4")  # leaves 9 with 4, 30, 1 and 8 with 2, 4 only
+    assert "'8'" in text and "2 interactions" in text and "--min-items" in text
+    out = convert(movielens, raw_1m, "--min-rating", "4", "--min-items", "3", "--name", "Toy")
+    assert sequences(out) == {"9": ("1", "4", "30")}
+    found = facts(out)
+    assert (found["users_left_out"], found["min_rating"], found["min_items"], found["name"]) == (1, 4.0, 3, "Toy")
+    assert "left out: 1 users with fewer than 3" in capsys.readouterr().out
+    assert (out / "Toy_titles.csv").exists()
+    text = message(movielens, raw_1m)
+    assert "out" in text and "not an empty folder" in text and "choose another OUT" in text
+    (raw_1m.parent / "out").rename(raw_1m.parent / "kept")
+    assert "--min-items 2" in message(movielens, raw_1m, "--min-items", "2")
+    assert "'../x'" in message(movielens, raw_1m, "--name", "../x")
+    assert "none of the 2 users has 5" in message(movielens, raw_1m, "--min-items", "5")
+    (raw_1m.parent / "out").mkdir()  # an empty folder is fine
+    convert(movielens, raw_1m, "--min-items", "4")
+
+
+def test_images_are_copied_by_stem(raw_1m, tmp_path):
+    (tmp_path / "covers").mkdir()
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "covers" / "30.png")
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "covers" / "999.png")
+    out = convert(movielens, raw_1m, "--images", str(tmp_path / "covers"))
+    items = load_catalog(out)
+    assert [path and path.name for path in items.images] == [None, None, "30.png", None, None]
+    found = facts(out)
+    assert (items.covers, found["images"], found["items_without_image"]) == ("real", 1, 4)
+    (tmp_path / "out").rename(tmp_path / "kept")
+    assert "not a folder" in message(movielens, raw_1m, "--images", str(tmp_path / "absent"))
+    (tmp_path / "covers" / "30.png").unlink()
+    assert "1.jpg" in message(movielens, raw_1m, "--images", str(tmp_path / "covers"))
+
+
+def test_drawn_covers(raw_1m):
+    out = convert(movielens, raw_1m, "--draw-covers")
+    items = load_catalog(out)
+    assert items.covers == "drawn" and None not in items.images
+    assert read_image(items.images[0]).size == (112, 160)
+    cover = {genre: np.asarray(draw_cover("T", [genre])).astype(int) for genre in ("Drama", "War", "no such genre")}
+    assert (np.asarray(draw_cover("T", ["Drama"])) == cover["Drama"]).all()  # deterministic
+    assert np.abs(cover["Drama"] - cover["War"]).max() > 50  # the genre shows
+    assert np.abs(cover["Drama"] - np.asarray(draw_cover("U", ["Drama"]))).max() > 50  # the title shows
+    assert (np.asarray(draw_cover("Café", [])) == np.asarray(draw_cover("Cafe", []))).all()
+    for title in ("x" * 300, "many words " * 60, "流浪地球"):
+        assert draw_cover(title, []).size == (112, 160)
+
+
+INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu\ta\t3\t30\nu\tb\t3\t1e1\nu\tc\t3\t20\n"
+ITEM = (
+    "item_id:token\tmovie_title:token_seq\tclass:token_seq\na\tToy, Story\tAnimation Comedy\nb\tHeat\t\nc\tÉté\tDrama\n"
+)
+
+
+def test_recbole(tmp_path):
+    raw = write(tmp_path / "raw", ml__inter="\ufeff" + INTER.replace("\n", "\r\n"), ml__item=ITEM)
+    out = convert(recbole, raw, "--draw-covers")
+    assert sequences(out) == {"u": ("b", "c", "a")}
+    assert read_titles(out) == {"a": "Toy, Story", "b": "Heat", "c": "Été"}
+    assert facts(out)["name"] == "ml"
+    (tmp_path / "out").rename(tmp_path / "kept")
+    out = convert(recbole, raw, "--time-field", "none", "--rating-field", "none")
+    assert sequences(out) == {"u": ("a", "b", "c")}
+    (tmp_path / "out").rename(tmp_path / "kept2")
+    text = message(recbole, raw, "--rating-field", "none", "--min-rating", "2")
+    assert "--min-rating" in text and "no ratings" in text
+    text = message(recbole, raw, "--time-field", "when")
+    assert "ml.inter:1:" in text and "'when'" in text and "timestamp" in text and "--time-field" in text
+    assert "--title-field" in message(recbole, raw, "--title-field", "x")
+    assert "--genre-field" in message(recbole, raw, "--genre-field", "x", "--draw-covers")
+
+
+def test_recbole_refusals(tmp_path):
+    raw = write(tmp_path / "raw", ml__inter=INTER + "u\ta\n", ml__item=ITEM)
+    text = message(recbole, raw)
+    assert "ml.inter:5:" in text and "2 fields" in text and "expected 4" in text and "timestamp" in text
+    write(raw, ml__inter="user_id\titem_id\n")
+    assert "ml.inter:1:" in message(recbole, raw) and "user_id:token" in message(recbole, raw)
+    write(raw, second__inter=INTER)
+    assert "2 files *.inter" in message(recbole, raw)
+
+
+PAIRS = "user,item,timestamp\n1,10,1600000000300\n1,20,1600000000100\n1,30,1600000000200\n"
+
+
+def test_microlens_csv_with_and_without_header(tmp_path):
+    raw = write(tmp_path / "raw", **{"ML-50k_pairs__csv": PAIRS})
+    write(raw, **{"ML-50k_titles__csv": 'item,title\n10,One, two "three"\n20,B\n30,#x\n'})
+    out = convert(microlens, raw)
+    assert sequences(out) == {"1": ("20", "30", "10")}
+    assert read_titles(out)["10"] == 'One, two "three"'
+    assert load_catalog(out).titles[0] == 'One, two "three"'  # through the csv that the converter wrote
+    assert facts(out)["source"]["titles_header"] is True and facts(out)["name"] == "ML-50k"
+    (tmp_path / "out").rename(tmp_path / "kept")
+    (raw / "ML-50k_titles.csv").unlink()
+    write(raw, **{"ML-50k_title_en__csv": "\ufeff10,One\r\n20,B\r\n30,C\r\n"})
+    out = convert(microlens, raw)
+    assert read_titles(out) == {"10": "One", "20": "B", "30": "C"}
+    assert facts(out)["source"]["titles_header"] is False
+
+
+def test_microlens_tsv_and_refusals(tmp_path):
+    raw = write(tmp_path / "raw", m_pairs__tsv="1\t30 10 20 10\n2\t10 20 30\n", m_titles__csv="10,A\n20,B\n30,C\n")
+    assert sequences(convert(microlens, raw)) == {"1": ("30 10", "20", "10"), "2": ("10", "20", "30")}
+    (tmp_path / "out").rename(tmp_path / "kept")
+    write(raw, m_pairs__tsv="1\t30 10 20\n2 10\n")
+    text = message(microlens, raw)
+    assert "m_pairs.tsv:2:" in text and "'2 10'" in text and "user<TAB>id" in text
+    write(raw, m_titles__csv="10,A\n20\n")
+    text = message(microlens, raw)
+    assert "m_titles.csv:2:" in text and "'20'" in text and "item,title" in text
+    write(raw, m_titles__csv="10,A\n20,B\n30,C\n", m_pairs__csv="u,i,t\n")
+    text = message(microlens, raw)
+    assert "m_pairs.csv:1:" in text and "'u,i,t'" in text and "user,item,timestamp" in text
+    write(raw, m_pairs__csv=PAIRS + "1,10,soon\n")
+    assert "m_pairs.csv:5:" in message(microlens, raw) and "time 'soon'" in message(microlens, raw)
+    write(raw, m_title_en__csv="10,A\n")
+    assert "2 files" in message(microlens, raw)
+
+
+@pytest.fixture
+def raw_netflix(tmp_path):
+    titles = "1,2003,Dinosaur Planet\n2,NULL,Good, the Bad, and Amélie, The\n3,1997,Character\n".encode("latin-1")
+    one = "1:\n7,3,2005-09-06\n8,5,2004-01-02\n2:\n7,4,2004-01-01\n8,1,2004-01-02\n"
+    two = "3:\n8,2,2004-01-02\n7,3,2005-09-06\n"
+    return write(tmp_path / "raw", movie_titles__csv=titles, combined_data_1__txt=one, combined_data_2__txt=two)
+
+
+def test_netflix(raw_netflix):
+    out = convert(netflix, raw_netflix)
+    # 7: movie 2 in 2004, then 1 and 3 on one day, in file order; 8: all on one day
+    assert sequences(out) == {"7": ("2", "1", "3"), "8": ("1", "2", "3")}
+    assert read_titles(out)["2"] == "Good, the Bad, and Amélie, The"
+
+
+def test_netflix_sample(raw_netflix):
+    users = [set(netflix.sample_users(sorted(raw_netflix.glob("c*.txt")), 1, seed)) for seed in range(8)]
+    assert {7, 8} == {int(user) for found in users for user in found}  # the seed matters
+    out = convert(netflix, raw_netflix, "--max-users", "1", "--seed", "3")
+    assert set(sequences(out)) == users[3]
+    source = facts(out)["source"]
+    assert (source["user_sample"], source["user_sample_seed"]) == (1, 3)
+    (raw_netflix.parent / "out").rename(raw_netflix.parent / "kept")
+    assert "--max-users 0" in message(netflix, raw_netflix, "--max-users", "0")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "parts"),
+    [
+        ("combined_data_1.txt", "7,3,2005-09-06\n", ["combined_data_1.txt:1:", "'7,3,2005-09-06'", "before any movie"]),
+        ("combined_data_1.txt", "1:\n7,3\n", ["combined_data_1.txt:2:", "2 fields", "expected 3"]),
+        ("combined_data_1.txt", "1:\n7,3,2005-13-06\n", ["combined_data_1.txt:2:", "'2005-13-06'", "YYYY-MM-DD"]),
+        ("combined_data_1.txt", "1:\n7,good,2005-12-06\n", ["combined_data_1.txt:2:", "'good'"]),
+        ("movie_titles.csv", "1,2003\n", ["movie_titles.csv:1:", "2 fields", "id,year,title"]),
+    ],
+)
+def test_netflix_refusals(raw_netflix, name, data, parts):
+    (raw_netflix / name).write_text(data)
+    text = message(netflix, raw_netflix)
+    for part in parts:
+        assert part in text, text
+
+
+def test_netflix_needs_its_files(tmp_path):
+    assert "combined_data_*.txt" in message(netflix, write(tmp_path / "raw"))
+
+
+def test_command_prints_one_line_and_exits_with_2(raw_1m):
+    """Through `python -m`: an error is a message on stderr without a traceback; a good run exits with 0."""
+    command = [sys.executable, "-m", "hanorec.datasets.movielens", str(raw_1m), str(raw_1m.parent / "out")]
+    root = Path(__file__).parents[1]
+    bad = subprocess.run([*command, "--min-items", "1"], cwd=root, capture_output=True, text=True, check=False)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: --min-items 1;") and "Traceback" not in bad.stderr
+    good = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert good.returncode == 0 and good.stdout.startswith("MovieLens-1M: 2 users")

@@ -1,0 +1,78 @@
+"""Stage 1, supervised fine-tuning: the policy learns to answer with the title of the item that the user chose next (SFT-1).
+
+    python train_sft.py --model MODEL --data DATA --out OUT
+
+OUT receives the LoRA adapter (PEFT's files), log.jsonl (a line an optimizer step) and run.json.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from hanorec.backbone import load_backbone
+from hanorec.config import DataConfig, ModelConfig, TrainConfig, parse
+from hanorec.errors import run
+from hanorec.lora import add_lora, save_adapter
+from hanorec.losses import sft_loss
+from hanorec.prompts import collate
+from hanorec.scoring import forward
+from hanorec.tasks import load_examples, sft_rows
+from hanorec.training import (
+    append_log,
+    autocast,
+    check_finite,
+    chunks,
+    claim_folder,
+    cosine,
+    global_batches,
+    print_budget,
+    use_checkpointing,
+    write_run,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    model_config, data, config = parse([ModelConfig, DataConfig, TrainConfig], argv, __doc__)
+    out = claim_folder(config.out)
+    torch.manual_seed(config.seed)
+    backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels)
+    source, examples = load_examples(backbone, data, config, whole_catalog=False)
+    rows = sft_rows(source, examples, config.seed)
+    print_budget(rows, config.micro_batch, backbone)
+
+    policy = backbone.model
+    layers = add_lora(policy, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    if config.checkpointing:
+        use_checkpointing(backbone)
+    trained = [weight for layer in layers for weight in (layer.A, layer.B)]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    size = config.micro_batch * config.accumulation
+    plan = [(epoch, batch) for epoch in range(config.epochs) for batch in global_batches(len(rows), size, config.seed, epoch)]
+    write_run(out, [model_config, data, config], rows=len(rows), steps=len(plan), trained_weights=sum(w.numel() for w in trained))
+
+    policy.train()
+    for step, (epoch, batch) in enumerate(tqdm(plan, desc="SFT", disable=None)):
+        rate = config.learning_rate * cosine(step, len(plan))
+        optimizer.param_groups[0]["lr"] = rate
+        tokens, total = sum(len(rows[i].answers[0]) for i in batch), 0.0
+        for part in chunks(batch, config.micro_batch):
+            micro = collate(backbone, [rows[i] for i in part], source.pictures)
+            with autocast(backbone):
+                logits = forward(backbone, micro)  # (B, keep, V)
+            # The mean over the answer tokens of the whole step, however it is cut into micro-batches.
+            loss = sft_loss(logits, micro.labels[:, -micro.keep :]) * len(micro.token) / tokens
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
+        check_finite(total, norm, step, [rows[i].name for i in batch])
+        optimizer.step()
+        optimizer.zero_grad()
+        append_log(out / "log.jsonl", {"step": step, "epoch": epoch, "loss": total, "gradient_norm": norm, "learning_rate": rate})
+
+    save_adapter(policy, out, model_config.model, stage="sft", task=data.task)
+    print(f"wrote the adapter to {out}; last loss {total:.4f}")
+
+
+if __name__ == "__main__":
+    run(main)
