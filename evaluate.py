@@ -8,6 +8,7 @@ the data folder and the same for every model: `random` (unseen items) and `hard`
 policy is compared with each other one, user by user.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 from hanorec.backbone import Backbone, load_backbone
-from hanorec.catalog import load_catalog
+from hanorec.catalog import Catalog, load_catalog
 from hanorec.config import DataConfig, EvalConfig, ModelConfig, parse
 from hanorec.errors import InputError, run
-from hanorec.files import write_json
+from hanorec.files import sha256, write_json
 from hanorec.interactions import (
     Example,
     draw_candidates,
@@ -44,6 +45,12 @@ from hanorec.training import autocast, chunks, claim_folder, print_budget, write
 AT = 3  # the document's cut-off
 
 
+def data_hash(catalog: Catalog) -> str:
+    """What the candidates were drawn from: the three splits and the titles."""
+    files = [*(catalog.directory / f"{split}.tsv" for split in ("train", "val", "test")), *catalog.directory.glob("*_titles.csv")]
+    return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()
+
+
 def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple[Source, dict[str, list[Example]]]:
     """The frozen sets of each kind, drawn now if the data folder has none yet, for the users asked for."""
     catalog = load_catalog(data.data)
@@ -54,7 +61,7 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
     pictures, sets = {}, {}
     for kind in ("random", "hard") if config.sets == "both" else (config.sets,):
         path = Path(data.data) / f"candidates_{config.split}_{kind}.json"
-        facts = {"kind": kind, "split": config.split, "seed": config.seed, "negatives": data.negatives}
+        facts = {"kind": kind, "split": config.split, "seed": config.seed, "negatives": data.negatives, "data_sha256": data_hash(catalog)}
         if not path.exists() and kind == "random":
             save_candidates(path, draw_candidates(examples, catalog, data.negatives, config.seed), catalog, **facts)
         elif not path.exists():
@@ -87,17 +94,16 @@ def score(source: Source, examples: list[Example], batch: int) -> dict[str, np.n
     """EV-1 for every candidate of every user: {"sum": (U, C), "mean": (U, C)}; binary: log P(Yes) - log P(No)."""
     rows = scoring_rows(source, examples)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))  # like lengths together: less padding
-    found: dict[str, list[Any]] = {"sum": [None] * len(rows), "mean": [None] * len(rows)}
+    per_row = {"sum": {}, "mean": {}}
     for part in tqdm(list(chunks(order, batch)), desc="users", disable=None, leave=False):
         micro = collate(source.backbone, [rows[i] for i in part], source.pictures)
         with autocast(source.backbone):
             logits = forward(source.backbone, micro)
-        for kind in found:
+        for kind, found in per_row.items():
             log_probs = answer_log_probs(logits, micro, mean=kind == "mean")  # (B, A)
             values = log_probs if source.config.task == "ranking" else log_probs[:, 0] - log_probs[:, 1]
-            for i, value in zip(part, values.double().cpu().numpy(), strict=True):
-                found[kind][i] = value
-    return {kind: np.stack(values).reshape(len(examples), -1) for kind, values in found.items()}
+            found.update(zip(part, values.double().cpu().numpy(), strict=True))
+    return {kind: np.stack([found[i] for i in range(len(rows))]).reshape(len(examples), -1) for kind, found in per_row.items()}
 
 
 def summarise(scores: np.ndarray, examples: list[Example], seed: int) -> dict[str, Any]:

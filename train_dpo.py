@@ -6,7 +6,6 @@ The policy is the SFT policy with a fresh adapter on top; the reference is the s
 OUT receives the adapter, a copy of the SFT adapter that it stands on (OUT/below), log.jsonl and run.json.
 """
 
-import shutil
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,7 @@ from hanorec.config import DataConfig, DpoConfig, ModelConfig, TrainConfig, pars
 from hanorec.errors import run
 from hanorec.hars import RunningReward, cluster_gap, hardness, pair_beta, responsiveness, reward_gap
 from hanorec.items import neighbors
-from hanorec.lora import adapters_off, add_lora, attach_policy, lora_noise, save_adapter
+from hanorec.lora import adapters_off, add_lora, attach_policy, lora_noise, save_policy
 from hanorec.losses import dpo_loss, kl_divergence, preference_logit
 from hanorec.prompts import collate
 from hanorec.scoring import answer_log_probs, answer_logits, forward
@@ -56,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         delta = torch.cat([cluster_gap(e, scores, index, w, l, form) for w, l in zip(chosen.split(1024), rejected.split(1024), strict=True)])
         lam = hardness(delta, dpo.hardness)
 
-    if dpo.sft is not None:
-        attach_policy(policy, dpo.sft)
+    if train.sft is not None:
+        attach_policy(policy, train.sft)
     layers = add_lora(policy, train.lora_rank, train.lora_alpha, train.lora_dropout)
     if train.checkpointing:
         use_checkpointing(backbone)
@@ -123,9 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "lambda_max": lam[batch].max().item(), "eta": eta.item(), "beta": beta.mean().item(), "beta_min": beta.min().item(),
             "beta_max": beta.max().item(), "kl": sum(kls) if kls else None, "gradient_norm": norm, "learning_rate": rate})
 
-    if dpo.sft is not None:
-        shutil.copytree(dpo.sft, out / "below", ignore=shutil.ignore_patterns("log.jsonl", "run.json"))
-    save_adapter(policy, out, model_config.model, stage="dpo", task=data.task, ablation=dpo.ablation)
+    save_policy(policy, out, model_config.model, train.sft, stage="dpo", task=data.task, ablation=dpo.ablation)
     print(f"wrote the adapter to {out}; last loss {losses:.4f}")
 
 

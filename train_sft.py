@@ -13,7 +13,7 @@ from tqdm import tqdm
 from hanorec.backbone import load_backbone
 from hanorec.config import DataConfig, ModelConfig, TrainConfig, parse
 from hanorec.errors import run
-from hanorec.lora import add_lora, save_adapter
+from hanorec.lora import add_lora, attach_policy, save_policy
 from hanorec.losses import sft_loss
 from hanorec.prompts import collate
 from hanorec.scoring import forward
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_budget(rows, config.micro_batch, backbone)
 
     policy = backbone.model
+    if config.sft is not None:
+        attach_policy(policy, config.sft)
     layers = add_lora(policy, config.lora_rank, config.lora_alpha, config.lora_dropout)
     if config.checkpointing:
         use_checkpointing(backbone)
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.zero_grad()
         append_log(out / "log.jsonl", {"step": step, "epoch": epoch, "loss": total, "gradient_norm": norm, "learning_rate": rate})
 
-    save_adapter(policy, out, model_config.model, stage="sft", task=data.task)
+    save_policy(policy, out, model_config.model, config.sft, stage="sft", task=data.task)
     print(f"wrote the adapter to {out}; last loss {total:.4f}")
 
 

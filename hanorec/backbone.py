@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
@@ -83,7 +84,7 @@ def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixe
         raise InputError(f"{path}: no config.json in it, expected a checkpoint folder as save_pretrained writes it")
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True, **safe)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be loaded as an image-text model ({_first_line(error)}); expected a local folder or a "
                          f"hub name of one of {', '.join(FAMILIES)}, with safetensors weights") from None
     family = model.config.model_type
@@ -113,7 +114,7 @@ def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixe
         raise InputError(f"{path}: the tokenizer has no end token (eos_token), expected one; every answer ends with it: "
                          "set eos_token in tokenizer_config.json to the model's end-of-turn token")
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > vocabulary or model.config.image_token_id >= vocabulary:
+    if len(tokenizer) > vocabulary or model.config.image_token_id >= len(tokenizer):
         raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, image token {model.config.image_token_id}, but the model "
                          f"embeds {vocabulary}; expected tokenizer and model of one checkpoint")
     model.requires_grad_(False).to(device).eval()

@@ -26,6 +26,14 @@ def option(default: Any = MISSING, help: str = "", **argparse_options: Any) -> A
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def check(config: Any, **least: float) -> None:
+    """InputError where a setting is below its least value."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:  # NaN too
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {bound}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which checkpoint, and how it is loaded."""
@@ -49,12 +57,16 @@ class DataConfig:
     users_from: float = option(0.0, "ours: use the users from this fraction of a seeded permutation ...")
     users_to: float = option(1.0, "ours: ... up to this one, so that stages can have users of their own")
 
+    def __post_init__(self) -> None:
+        check(self, history=1, negatives=1, neighbors=1)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What both training stages share."""
 
     out: str = option(help="folder for the adapter, log.jsonl and run.json; must be new or empty")
+    sft: str | None = option(None, "adapter of stage 1, frozen below the new one; in stage 2 it is the reference, else the base model is")
     targets_per_user: int = option(3, "authors' release: the last 3 items of a training sequence are targets; 0 = all but the first")
     draw: Literal["random", "hard"] = option("random", "document: random negatives; hard (ours): from the positive's neighbourhood")
     lora_rank: int = option(8, "document")
@@ -68,6 +80,12 @@ class TrainConfig:
     seed: int = option(2025, "authors' release")
     checkpointing: bool = option(False, "ours: recompute activations in backward, to spare memory")
 
+    def __post_init__(self) -> None:
+        check(self, targets_per_user=0, lora_rank=1, lora_alpha=0, lora_dropout=0, learning_rate=0, epochs=1, micro_batch=1,
+              accumulation=1, clip=0, seed=0)
+        if self.lora_dropout >= 1:
+            raise InputError(f"--lora-dropout {self.lora_dropout}: expected less than 1")
+
 
 PRESETS = {"microlens": 0.05, "netflix": 0.1, "movielens": 0.1}  # sigma_n, document
 
@@ -76,7 +94,6 @@ PRESETS = {"microlens": 0.05, "netflix": 0.1, "movielens": 0.1}  # sigma_n, docu
 class DpoConfig:
     """HaRS, NoDO and the preference loss."""
 
-    sft: str | None = option(None, "adapter of stage 1, frozen as the reference; none: the base model is the reference")
     ablation: Literal["full", "no_hars", "no_nodo", "no_sam", "dpo"] = option("full", "document, ablation table; dpo = w/o ALL")
     beta0: float = option(0.1, "document")
     k: int = option(10, "document: K of the Top-K clusters")
@@ -91,6 +108,9 @@ class DpoConfig:
     normalised: bool = option(False, "ours: scale each pair's loss by beta0 / beta' (HN-11)")
     kl_coef: float = option(0.0, "ours: weight of the exact KL in the loss (HN-12)")
     log_kl: bool = option(False, "log the exact KL; costs one more forward")
+
+    def __post_init__(self) -> None:
+        check(self, beta0=1e-6, k=1, sigma=0, kl_coef=0, trim=0)
 
     @property
     def hars(self) -> bool:
@@ -118,6 +138,9 @@ class EvalConfig:
     user: str | None = option(None, "print a ranked list for this user instead of metrics")
     top_k: int = option(3, "length of that list")
 
+    def __post_init__(self) -> None:
+        check(self, batch=1, seed=0, top_k=1)
+
 
 def parse(types: Sequence[type], argv: Sequence[str] | None = None, about: str | None = None) -> tuple[Any, ...]:
     """The dataclasses filled from a JSON file (first argument, if it ends in .json) and flags. Unknown keys are InputErrors."""
@@ -134,7 +157,10 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None, about: str |
             if value is not None and value != []:
                 from_file += [f"--{key}", *(map(str, value) if isinstance(value, list) else [_flag(value)])]
         argv = from_file + argv[1:]
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    *configs, unknown_flags = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown_flags:
+        parser.error(f"unknown arguments: {' '.join(unknown_flags)}; --help lists the known ones")
+    return tuple(configs)
 
 
 def _flag(value: Any) -> str:

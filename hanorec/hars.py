@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hanorec.errors import InputError
+
 
 def mean_pool(vectors: Tensor) -> Tensor:
     r"""One embedding of a title or an image: (n, d) token vectors or image features -> (d,), in float32 or wider."""
@@ -29,7 +31,7 @@ def fuse(H: Tensor, X: Tensor, has_image: Tensor | None = None) -> Tensor:
     Returns:
         e: (N, d), rows of length 1.
     Raises:
-        ValueError: a row that is not finite or has no direction (length 0), named by its number.
+        InputError: a row that is not finite or has no direction (length 0), named by its number.
     """
     has_image = torch.ones(len(H), dtype=torch.bool, device=H.device) if has_image is None else has_image
     both = F.normalize(H, dim=1) + F.normalize(X, dim=1)
@@ -39,7 +41,7 @@ def fuse(H: Tensor, X: Tensor, has_image: Tensor | None = None) -> Tensor:
     bad = ~((length - 1).abs() < 0.01)  # NaN compares false, so it is caught too
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise ValueError(f"item row {row}: its fused embedding has length {length[row].item()}, expected 1; "
+        raise InputError(f"item row {row}: its fused embedding has length {length[row].item()}, expected 1; "
                          "its features are zero, opposite or not finite: mend the title or the image of that item")
     return e
 
@@ -67,7 +69,7 @@ def cluster_gap(e: Tensor, scores: Tensor, index: Tensor, chosen: Tensor, reject
         s_l = torch.einsum("pud,pd->pu", e[members], e[rejected]).masked_fill(repeats, -torch.inf)
         p_w, p_l = s_w.softmax(1), s_l.softmax(1)  # (P, 2 + 2K)
     else:
-        raise ValueError(f"form {form!r} of the cluster gap: expected union, ranked or cosine")
+        raise InputError(f"form {form!r} of the cluster gap: expected union, ranked or cosine")
     # HN-4: \Delta = \lVert p_w - p_l \rVert_2, \quad p_m = \operatorname{softmax}_{j \in U} s_{mj}, \quad U = \{w, l\} \cup N_K(w) \cup N_K(l)
     return (p_w - p_l).norm(dim=1)
 
@@ -92,10 +94,10 @@ def hardness(delta: Tensor, form: str = "sigmoid", mean: float | Tensor | None =
     if form == "standardised":
         std = delta.std(correction=0) if std is None else torch.as_tensor(std, dtype=delta.dtype, device=delta.device)
         if not std > 0:
-            raise ValueError(f"standardised hardness: the gaps have standard deviation {std.item()}, expected more than 0; "
+            raise InputError(f"standardised hardness: the gaps have standard deviation {std.item()}, expected more than 0; "
                              "all pairs are equally hard, so use the form sigmoid")
         return 2 * ((delta - mean) / std).sigmoid()
-    raise ValueError(f"form {form!r} of the hardness: expected sigmoid, ratio or standardised")
+    raise InputError(f"form {form!r} of the hardness: expected sigmoid, ratio or standardised")
 
 
 def reward_gap(h: Tensor, beta0: float) -> Tensor:
@@ -117,12 +119,12 @@ def responsiveness(R: Tensor, trim: float | None = None, mean: float | None = No
         eta: (). By default in (0, 1 / sigma(1) = 1.368), or up to 2 with running statistics; it depends on the skew
         of R, not on its sign or scale. All rewards 0, as at the first step: 1.
     Raises:
-        ValueError: fewer than 3 pairs, or trim out of range.
+        InputError: fewer than 3 pairs, or trim out of range.
     """
     n = len(R)
     drop = 1 if trim is None else max(1, int(trim * n))
     if n < 3 or 2 * drop >= n:
-        raise ValueError(f"responsiveness of {n} pairs, {drop} dropped from each end: at least {max(3, 2 * drop + 1)} pairs "
+        raise InputError(f"responsiveness of {n} pairs, {drop} dropped from each end: at least {max(3, 2 * drop + 1)} pairs "
                          "are needed in a global batch; raise the micro-batch or the accumulation")
     R = R.detach()
     if mean is not None and std is not None:

@@ -207,9 +207,11 @@ def draw_candidates(
 def draw_hard_candidates(
     examples: Iterable[Example], catalog: Catalog, neighbors: np.ndarray, negatives: int = 9, seed: int = 2025
 ) -> list[Example]:
-    """As `draw_candidates`, with the nearest unseen items of the target as negatives: the hard set.
+    """As `draw_candidates`, with negatives drawn from the target's neighbourhood: the hard set.
 
-    neighbors: (N, M) int, row i = the items nearest to i, the most similar first. InputError: too few of them are left.
+    They are drawn uniformly from the M nearest items rather than being the very nearest: of ten items that all lie next
+    to one of them, that one could be told by its place in the middle.
+    neighbors: (N, M) int, row i = the items nearest to i. InputError: too few of them are left.
     """
     _check_negatives(negatives)
     neighbors = np.asarray(neighbors)
@@ -220,15 +222,16 @@ def draw_hard_candidates(
         raise InputError(f"neighbors spans {neighbors.min()} .. {neighbors.max()}; expected rows 0 .. {n - 1}")
     result = []
     for example in examples:
+        rng = _generator(seed, example, catalog)
         taken: list[int] = []
         used = {catalog.titles[example.target]}
-        _take(neighbors[example.target].tolist(), taken, used, negatives, example.seen, catalog.titles)
+        _take(rng.permutation(neighbors[example.target]).tolist(), taken, used, negatives, example.seen, catalog.titles)
         if len(taken) < negatives:
             raise InputError(
                 f"item {catalog.ids[example.target]!r}: {len(taken)} of {neighbors.shape[1]} neighbours are unseen by "
                 f"user {example.user!r} and have titles of their own, {negatives} negatives wanted; use a larger K"
             )
-        result.append(_shuffled(_generator(seed, example, catalog), example, taken))
+        result.append(_shuffled(rng, example, taken))
     return result
 
 
@@ -274,7 +277,7 @@ def load_candidates(path: Path, examples: Sequence[Example], catalog: Catalog, *
     if len(stored["rows"]) != len(examples):
         raise InputError(f"{path}: {len(stored['rows'])} rows, expected {len(examples)}, one an example; {again}")
     result = []
-    for number, (row, example) in enumerate(zip(stored["rows"], examples), start=1):
+    for number, (row, example) in enumerate(zip(stored["rows"], examples, strict=True), start=1):
         try:
             result.append(_checked(row, example, catalog))
         except InputError as error:

@@ -9,6 +9,7 @@ Source: document 000, section 2.2, NoDO. Files: PEFT's format, so PEFT and vLLM 
 
 import hashlib
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,10 +83,10 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def add_lora(model: nn.Module, r: int = 8, alpha: float = 32, dropout: float = 0.05) -> list[LoRALinear]:
     """Freeze the model, earlier adapters included, and put a fresh trainable adapter on every linear of the language model.
 
-    Returns the new layers. Raises ValueError for r < 1 or where there is no linear.
+    Returns the new layers. Raises InputError for r < 1 or where there is no linear.
     """
     if r < 1:
-        raise ValueError(f"LoRA rank {r}: expected at least 1")
+        raise InputError(f"LoRA rank {r}: expected at least 1")
     model.requires_grad_(False)
     added = []
     for parent in list(language_model(model).modules()):
@@ -96,7 +97,7 @@ def add_lora(model: nn.Module, r: int = 8, alpha: float = 32, dropout: float = 0
                 added.append(LoRALinear(child, r, alpha, dropout).train(child.training))
                 setattr(parent, name, added[-1])
     if not added:
-        raise ValueError(f"{type(model).__name__} has no linear in its language model, expected some; is it a supported family?")
+        raise InputError(f"{type(model).__name__} has no linear in its language model, expected some; is it a supported family?")
     return added
 
 
@@ -115,7 +116,7 @@ def lora_noise(model: nn.Module, sigma: float, generator: torch.Generator | None
     """
     layers = list(lora_layers(model).values())
     if sigma < 0 or mode not in ("absolute", "relative"):
-        raise ValueError(f"noise of strength {sigma}, mode {mode!r}: expected sigma >= 0 and mode absolute or relative")
+        raise InputError(f"noise of strength {sigma}, mode {mode!r}: expected sigma >= 0 and mode absolute or relative")
     if any(layer.noise is not None for layer in layers):
         raise RuntimeError("lora_noise inside lora_noise: the outer draw would be lost")
     try:
@@ -157,37 +158,15 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def collapse_adapters(model: nn.Module) -> None:
-    r"""Turn a stack into one exact adapter: A = [A1; A2], B = [s1 B1, s2 B2], scale 1, so r = alpha = r1 + r2."""
-    for path, top in lora_layers(model).items():
-        stack = [top]
-        while isinstance(stack[-1].base, LoRALinear):
-            stack.append(stack[-1].base)
-        one = LoRALinear(stack[-1].base, sum(layer.r for layer in stack), sum(layer.r for layer in stack), top.dropout)
-        one.A.copy_(torch.cat([layer.A for layer in reversed(stack)]))
-        one.B.copy_(torch.cat([layer.scale * layer.B for layer in reversed(stack)], 1))
-        _replace(model, path, one.train(top.training))
-
-
-@torch.no_grad()
-def merge_adapters(model: nn.Module) -> None:
-    r"""Add every adapter of the stack to the base, W + s B A in float32, and remove the LoRALinears."""
-    collapse_adapters(model)
-    for path, layer in lora_layers(model).items():
-        weight = layer.base.weight
-        weight.copy_(weight.to(layer.A.dtype) + layer.scale * layer.B @ layer.A)
-        _replace(model, path, layer.base)
-
-
-@torch.no_grad()
 def remove_adapters(model: nn.Module) -> None:
     """Back to the bare base model."""
     while layers := lora_layers(model):
         for path, layer in layers.items():
-            _replace(model, path, layer.base)
+            replace_module(model, path, layer.base)
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` points."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
@@ -270,8 +249,15 @@ def attach_adapter(model: nn.Module, directory: str | Path) -> None:
     load_adapter(model, directory)
 
 
+def save_policy(model: nn.Module, directory: str | Path, base: str, below: str | Path | None, **facts: Any) -> None:
+    """`save_adapter`, with a copy of the adapter it stands on in the folder `below`, so that the folder is whole by itself."""
+    if below is not None:
+        shutil.copytree(below, Path(directory) / "below", ignore=shutil.ignore_patterns("log.jsonl", "run.json"))
+    save_adapter(model, directory, base, **facts)
+
+
 def attach_policy(model: nn.Module, directory: str | Path) -> None:
-    """Attach what the adapter stands on, kept in its folder `below` by train_dpo.py, and then the adapter."""
+    """Attach what `save_policy` wrote: first what the adapter stands on, then the adapter."""
     if (Path(directory) / "below").exists():
         attach_policy(model, Path(directory) / "below")
     attach_adapter(model, directory)

@@ -6,17 +6,19 @@ U = users, C = candidates. Numbers here are small, so all of it is float64 NumPy
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hanorec.errors import InputError
+
 
 def rank_of_positive(scores: ArrayLike, positive: ArrayLike) -> np.ndarray:
     r"""Ranks (U,), from 1 = best, of the positive candidate at position `positive` (U,) among scores (U, C).
 
-    A tie counts against the positive, so that a model which scores all alike gets the last place. NaN raises ValueError.
+    A tie counts against the positive, so that a model which scores all alike gets the last place. NaN raises InputError.
     """
     scores, positive = np.asarray(scores, np.float64), np.asarray(positive)
     if np.isnan(scores).any():
-        raise ValueError(f"user row {int(np.isnan(scores).any(1).argmax())} has a NaN score, expected numbers; the model is broken")
+        raise InputError(f"user row {int(np.isnan(scores).any(1).argmax())} has a NaN score, expected numbers; the model is broken")
     own = np.take_along_axis(scores, positive[:, None], 1)
-    # EV-1: \operatorname{rank} = 1 + |\{c \ne c^+ : \operatorname{score}(c) \ge \operatorname{score}(c^+)\}|
+    # The positive itself is counted: \operatorname{rank} = 1 + |\{c \ne c^+ : \operatorname{score}(c) \ge \operatorname{score}(c^+)\}|
     return (scores >= own).sum(1)
 
 
@@ -64,11 +66,11 @@ def similarity_groups(before: ArrayLike, after: ArrayLike, groups: int = 10) -> 
         before, after: (N,) cos(H_i, X_i) of each item with an image. Groups are by the similarity before, weakest first,
             as equal as N allows.
     Raises:
-        ValueError: fewer items than groups.
+        InputError: fewer items than groups.
     """
     before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if len(before) < groups:
-        raise ValueError(f"{len(before)} items with an image in {groups} groups: expected at least one a group; use fewer groups")
+        raise InputError(f"{len(before)} items with an image in {groups} groups: expected at least one a group; use fewer groups")
     # EV-4: G_1, \dots, G_{10} \text{ by } \cos(H_i, X_i) \text{ before}; \quad \operatorname{mean}_{i \in G_g} \cos(H_i, X_i) \text{ before and after}
     parts = np.array_split(np.argsort(before, kind="stable"), groups)
     return np.array([before[p].mean() for p in parts]), np.array([after[p].mean() for p in parts])

@@ -54,48 +54,76 @@ class Pool:
         return f"{GENRES[self.items[row]['genre']]} {STYLES[self.items[row]['style']]}"
 
 
-def list_row(backbone: Backbone, pool: Pool, rng: np.random.Generator) -> prompts.Row:
-    """name and find: ten films of different cells, and eight questions with their answers, packed side by side."""
-    cells = rng.permutation(len(pool.cells))[:10]
-    rows = [int(rng.choice(list(pool.cells.values())[c])) for c in cells]
-    texts = [f"Film {k + 1} is {pool.name_of(rows[k])}" for k in rng.permutation(10)[:4]]
-    texts += [f"The {pool.name_of(rows[k])} film is {pool.catalog.titles[rows[k]]}" for k in rng.permutation(10)[:4]]
-    parts = [LIST, *prompts.listed(pool.catalog, rows)]
-    return prompts.encode_row(backbone, "list", parts, pool.pictures, [prompts.answer_ids(backbone, t) for t in texts])
+Task = tuple[prompts.Row, list[int]]  # a row, and how many tokens at the start of each answer are still the question
 
 
-def like_row(backbone: Backbone, pool: Pool, rng: np.random.Generator) -> prompts.Row:
-    """like: two to five films of one cell, then ten candidates, one of that cell."""
+def name_row(backbone: Backbone, pool: Pool, size: int, rng: np.random.Generator) -> Task:
+    """name: a list of films, and for up to eight of them a question about the genre and style, packed side by side."""
+    rows = rng.choice(len(pool.items), size, replace=False).tolist()
+    asked = rng.permutation(size)[:8]
+    return _ask(backbone, pool, rows, [(f"Film {k + 1} is", f" {pool.name_of(rows[k])}") for k in asked])
+
+
+def find_row(backbone: Backbone, pool: Pool, size: int, rng: np.random.Generator) -> Task:
+    """find: a list of films of different cells, and for up to eight of them its cell as the question, its title as the answer."""
+    cells = list(pool.cells.values())
+    rows = [int(rng.choice(cells[c])) for c in rng.permutation(len(cells))[:size]]
+    asked = rng.permutation(size)[:8]
+    return _ask(backbone, pool, rows, [(f"The {pool.name_of(rows[k])} film is ", pool.catalog.titles[rows[k]]) for k in asked])
+
+
+def _ask(backbone: Backbone, pool: Pool, rows: list[int], questions: list[tuple[str, str]]) -> Task:
+    asked = [prompts.text_ids(backbone, question) for question, _ in questions]
+    answers = [[*q, *prompts.answer_ids(backbone, answer)] for q, (_, answer) in zip(asked, questions, strict=True)]
+    row = prompts.encode_row(backbone, "list", [LIST, *prompts.listed(pool.catalog, rows)], pool.pictures, answers)
+    return row, [len(q) for q in asked]
+
+
+def like_row(backbone: Backbone, pool: Pool, size: int, rng: np.random.Generator) -> Task:
+    """like: two to five films of one cell, then `size` candidates, one of that cell, some that share its genre or its style."""
     genre, style = int(rng.integers(len(GENRES))), int(rng.integers(len(STYLES)))
     cell = rng.permutation(pool.cells[genre, style])
     n = int(rng.integers(2, 6))
     others = [row for other, members in pool.cells.items() if other != (genre, style) for row in members]
     near = [row for row in others if pool.items[row]["genre"] == genre or pool.items[row]["style"] == style]
-    n_near = int(rng.integers(0, 7))  # some candidates share one of the two
+    n_near = int(rng.integers(0, size))
     wrong = {*rng.choice(near, n_near, replace=False).tolist()}
-    wrong |= {*rng.choice(sorted(set(others) - set(near)), 9 - n_near, replace=False).tolist()}
+    wrong |= {*rng.choice(sorted(set(others) - set(near)), size - 1 - n_near, replace=False).tolist()}
     candidates = rng.permutation([int(cell[n]), *wrong]).tolist()
     parts = [TOGETHER, *prompts.listed(pool.catalog, cell[:n].tolist()), WHICH_GOES, *prompts.listed(pool.catalog, candidates),
              prompts.TITLE_ALONE]
-    return prompts.encode_row(backbone, "like", parts, pool.pictures, [prompts.answer_ids(backbone, pool.catalog.titles[int(cell[n])])])
+    answer = prompts.answer_ids(backbone, pool.catalog.titles[int(cell[n])])
+    return prompts.encode_row(backbone, "like", parts, pool.pictures, [answer]), [0]
 
 
-def loss_and_accuracy(backbone: Backbone, pool: Pool, rows: list[prompts.Row]) -> tuple[Tensor, float]:
-    """Mean cross-entropy over the answers' tokens, the vision tower inside the graph; share of right tokens."""
+def loss_and_accuracy(backbone: Backbone, pool: Pool, tasks: list[Task]) -> tuple[Tensor, float]:
+    """Mean cross-entropy over the answers' tokens, questions left out, the vision tower inside the graph; share of right tokens but for the end."""
+    rows = [row for row, _ in tasks]
     images = sorted({i for row in rows for i in row.images})
     seen = backbone.model.get_image_features(
         pixel_values=pool.pixels[images].flatten(0, 1), image_grid_thw=pool.grids[images]).pooler_output
     pictures = {i: Picture(features, pool.grids[i]) for i, features in zip(images, seen, strict=True)}
     batch = prompts.collate(backbone, rows, pictures)
     hidden = hidden_states(backbone, batch.ids, batch.positions, batch.mask, batch.pictures)[:, -batch.keep :]
-    logits = backbone.model.lm_head(hidden[batch.row, batch.query])  # (M, V)
-    return -token_log_probs(logits, batch.token).mean(), float((logits.argmax(-1) == batch.token).float().mean())
+    answer = torch.cat([torch.arange(len(a)) >= q for row, asked in tasks for a, q in zip(row.answers, asked, strict=True)])
+    logits, token = backbone.model.lm_head(hidden[batch.row[answer], batch.query[answer]]), batch.token[answer]  # (M, V), (M,)
+    right = (logits.argmax(-1) == token)[token != backbone.tokenizer.eos_token_id]  # the end token would only flatter
+    return -token_log_probs(logits, token).mean(), float(right.float().mean())
 
 
-def pretrain(out: Path, minutes: float = 40, width: int = 128, layers: int = 5, batch: int = 16, lr: float = 2e-3, seed: int = 0) -> None:
-    """Train for `minutes` of wall time, then save in bfloat16 (half the size; loaded as float32 it loses nothing that matters)."""
-    make_checkpoint("qwen2_5_vl", out, [" ".join([w, w]) for w in posterland.words()] + [TOGETHER, WHICH_GOES, LIST, "Film is The film is"] * 200,
-                    width, layers, seed, context=1024, vision_width=64, vocabulary=640)
+# (share of the run, [(task, list length, rows in a step)]): first reading, then finding in lists that grow
+STAGES = [
+    (0.10, [(name_row, 1, 128)]),
+    (0.10, [(name_row, 3, 16), (find_row, 3, 16), (like_row, 3, 16)]),
+    (0.15, [(find_row, 5, 16), (like_row, 5, 16)]),
+    (0.65, [(find_row, 10, 8), (like_row, 10, 24)]),
+]
+
+
+def pretrain(out: Path, minutes: float = 40, width: int = 128, layers: int = 5, lr: float = 2e-3, seed: int = 0) -> None:
+    """Train for `minutes` of wall time, then save in bfloat16 (half the size)."""
+    texts = [f"{word} {word}" for word in posterland.words()] + 200 * [TOGETHER, WHICH_GOES, LIST, "Film is The film is"]
+    make_checkpoint("qwen2_5_vl", out, texts, width, layers, seed, context=1024, vision_width=64, vocabulary=640)
     backbone = load_backbone(str(out), dtype="float32", device="cpu")
     print(f"{sum(p.numel() for p in backbone.model.parameters()):,} parameters")
     backbone.model.requires_grad_(True).train()
@@ -104,26 +132,24 @@ def pretrain(out: Path, minutes: float = 40, width: int = 128, layers: int = 5, 
     optimizer = torch.optim.AdamW(backbone.model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     start, step = time.time(), 0
     while (share := (time.time() - start) / (60 * minutes)) < 1:
+        stage = next(tasks for k, (_, tasks) in enumerate(STAGES) if share < sum(s for s, _ in STAGES[: k + 1]) + 1e-9)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 200) * min(1, 3 * (1 - share) + 0.01)  # warm up, hold, run out
-        pool = pools[step % len(pools)]
+            group["lr"] = lr * min(1, (step + 1) / 100) * min(1, 1.5 * (1 - share) + 0.01)  # warm up, hold, run out
         optimizer.zero_grad()
-        # Reading comes first: matching has nothing to match before items are read.
-        for make, weight in [(list_row, 1.0), (like_row, 1.0 if share > 0.1 else 0.0)]:
-            if weight:
-                loss, _ = loss_and_accuracy(backbone, pool, [make(backbone, pool, rng) for _ in range(batch)])
-                loss.backward()
+        for make, size, rows in stage:
+            loss, _ = loss_and_accuracy(backbone, pools[step % len(pools)], [make(backbone, pools[step % len(pools)], size, rng) for _ in range(rows)])
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(backbone.model.parameters(), 1.0)
         optimizer.step()
         step += 1
         if step % 100 == 0:
             with torch.no_grad():
+                fresh = np.random.default_rng(step)
                 report = []
-                for make in (list_row, like_row):
-                    fresh = np.random.default_rng(step)
-                    loss, right = loss_and_accuracy(backbone, check, [make(backbone, check, fresh) for _ in range(64)])
-                    report.append(f"{make.__name__} loss {loss.item():.3f} right tokens {right:.3f}")
-            print(f"step {step} {time.time() - start:.0f} s: {'; '.join(report)}", flush=True)
+                for make, size, _ in stage:
+                    loss, right = loss_and_accuracy(backbone, check, [make(backbone, check, size, fresh) for _ in range(64)])
+                    report.append(f"{make.__name__} of {size}: loss {loss.item():.3f}, right tokens {right:.3f}")
+            print(f"step {step}, {time.time() - start:.0f} s: {'; '.join(report)}", flush=True)
     backbone.model.to(torch.bfloat16).eval().save_pretrained(out)
 
 

@@ -36,13 +36,13 @@ def binary_parts(catalog: Catalog, history: Sequence[int], target: int) -> list[
 
 
 def listed(catalog: Catalog, rows: Sequence[int], images: bool = True) -> list[Part]:
-    """A numbered list of items, a line each: title, then image if it has one."""
+    """A numbered list of items, a line each: image if it has one, then title, so that the title's tokens have seen the image."""
     parts: list[Part] = []
     for number, row in enumerate(rows, 1):
-        parts.append(f"{number}. {catalog.titles[row]}")
+        parts.append(f"{number}. ")
         if images and catalog.images[row] is not None:
             parts.append(row)
-        parts.append("\n")
+        parts.append(f"{catalog.titles[row]}\n")
     return parts
 
 

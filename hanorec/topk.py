@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hanorec.errors import InputError
+
 ROWS_PER_BLOCK = 1024  # one block of similarities is ROWS_PER_BLOCK x N numbers: 168 MB in float32 at N = 41,081
 
 
@@ -17,15 +19,15 @@ def topk_neighbors(e: Tensor, k: int) -> tuple[Tensor, Tensor]:
         scores (N, K) in the dtype of e, descending; index (N, K) int64. Equal scores: the smaller index first.
         A matrix product may round equal rows differently, so "equal" means equal after rounding.
     Raises:
-        ValueError: K out of range, or a row that is not finite.
+        InputError: K out of range, or a row that is not finite.
     Source: document 000, section 2.1, HaRS; paper eq. (4).
     """
     n = e.shape[0]
     if not 1 <= k <= n - 1:
-        raise ValueError(f"K = {k} neighbours of {n} items: K must lie in 1 .. {n - 1}; choose a smaller K")
+        raise InputError(f"K = {k} neighbours of {n} items: K must lie in 1 .. {n - 1}; choose a smaller K")
     finite = e.isfinite().all(1)
     if not finite.all():
-        raise ValueError(f"row {int((~finite).nonzero()[0])} of the embeddings is not finite; mend the features")
+        raise InputError(f"row {int((~finite).nonzero()[0])} of the embeddings is not finite; mend the features")
     scores = e.new_empty(n, k)
     index = torch.empty(n, k, dtype=torch.int64, device=e.device)
     for start in range(0, n, ROWS_PER_BLOCK):

@@ -43,7 +43,7 @@ def dot(a, b):
     """Inner product of two vectors of one length."""
     if len(a) != len(b):
         raise ValueError(f"lengths differ: {len(a)} and {len(b)}")
-    return math.fsum(float(x) * float(y) for x, y in zip(a, b))
+    return math.fsum(float(x) * float(y) for x, y in zip(a, b, strict=True))
 
 
 def norm(v):
@@ -72,7 +72,7 @@ def sft_loss(logits, labels):
     The output at position t - 1 predicts token t. Mean over the answer tokens of the whole batch, not over rows.
     """
     terms = []
-    for row_logits, row_labels in zip(logits, labels):
+    for row_logits, row_labels in zip(logits, labels, strict=True):
         for t in range(1, len(row_labels)):
             token = int(row_labels[t])
             if token != -100:
@@ -86,13 +86,13 @@ def answer_log_prob(logits, tokens):
     """Oracle of the log pi(y|x) in SFT-1, DPO-1 and EV-1. logits (n, V) that predict tokens (n,): sum of log softmax."""
     if len(logits) != len(tokens):
         raise ValueError(f"{len(logits)} rows of logits for {len(tokens)} tokens")
-    return math.fsum(log_softmax(row)[int(token)] for row, token in zip(logits, tokens))
+    return math.fsum(log_softmax(row)[int(token)] for row, token in zip(logits, tokens, strict=True))
 
 
 def preference_logit(policy_w, policy_l, ref_w, ref_l):
     """Oracle of DPO-1: four (P,) lists of answer log-probabilities -> h (P,)."""
     h = []
-    for pw, pl, rw, rl in zip(policy_w, policy_l, ref_w, ref_l):
+    for pw, pl, rw, rl in zip(policy_w, policy_l, ref_w, ref_l, strict=True):
         h.append((float(pw) - float(rw)) - (float(pl) - float(rl)))
     return np.array(h, dtype=np.float64)
 
@@ -102,7 +102,7 @@ def dpo_loss(h, beta, normalised_by=None):
     h = [float(v) for v in h]
     betas = [float(beta)] * len(h) if np.ndim(beta) == 0 else [float(b) for b in beta]
     losses = []
-    for gap, b in zip(h, betas):
+    for gap, b in zip(h, betas, strict=True):
         loss = -log_sigmoid(b * gap)
         losses.append(loss if normalised_by is None else float(normalised_by) / b * loss)
     return np.array(losses, dtype=np.float64)
@@ -113,7 +113,7 @@ def dpo_slope(h, beta, normalised_by=None):
     h = [float(v) for v in h]
     betas = [float(beta)] * len(h) if np.ndim(beta) == 0 else [float(b) for b in beta]
     front = betas if normalised_by is None else [float(normalised_by)] * len(h)
-    return np.array([-f * sigmoid(-b * gap) for f, b, gap in zip(front, betas, h)], dtype=np.float64)
+    return np.array([-f * sigmoid(-b * gap) for f, b, gap in zip(front, betas, h, strict=True)], dtype=np.float64)
 
 
 def item_embedding(rows):
@@ -131,7 +131,7 @@ def fuse(H, X, has_image=None):
         text = norm(H[i])
         if has_image is None or bool(has_image[i]):
             image = norm(X[i])
-            fused.append(norm([a + b for a, b in zip(text, image)]))
+            fused.append(norm([a + b for a, b in zip(text, image, strict=True)]))
         else:
             fused.append(text)
     return np.array(fused, dtype=np.float64)
@@ -175,7 +175,7 @@ def cluster_gap(e, scores, index, chosen, rejected, form="union"):
         p_l = softmax([1.0 if j == r else dot(e[r], e[j]) for j in members])
     else:
         raise ValueError(f"form {form!r}")
-    return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(p_w, p_l)))
+    return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(p_w, p_l, strict=True)))
 
 
 def cluster_gap_with_repeats(e, index, chosen, rejected):
@@ -184,7 +184,7 @@ def cluster_gap_with_repeats(e, index, chosen, rejected):
     members = [w, r] + [int(j) for j in index[w]] + [int(j) for j in index[r]]
     p_w = softmax([1.0 if j == w else dot(e[w], e[j]) for j in members])
     p_l = softmax([1.0 if j == r else dot(e[r], e[j]) for j in members])
-    return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(p_w, p_l)))
+    return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(p_w, p_l, strict=True)))
 
 
 def hardness(delta, form="sigmoid", mean=None, std=None):
@@ -288,9 +288,9 @@ def lora_forward(x, W, bias, A, B, scale, noise_A=0, noise_B=0):
 def kl_divergence(policy_logits, ref_logits):
     """Oracle of HN-12: exact KL(policy || reference) over the vocabulary, mean over the n positions. Both (n, V)."""
     terms = []
-    for policy_row, ref_row in zip(policy_logits, ref_logits):
+    for policy_row, ref_row in zip(policy_logits, ref_logits, strict=True):
         log_p, log_q = log_softmax(policy_row), log_softmax(ref_row)
-        terms.append(math.fsum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q)))
+        terms.append(math.fsum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True)))
     return average(terms)
 
 
@@ -326,7 +326,7 @@ def pairwise_credit(positive, negative):
 def auc(positive, negative):
     """Oracle of EV-3 on the ranking task: positive (U,), negative (U, n); mean over users of the pairwise share."""
     per_user = []
-    for own, others in zip(positive, negative):
+    for own, others in zip(positive, negative, strict=True):
         per_user.append(average([pairwise_credit(own, other) for other in others]))
     return average(per_user)
 

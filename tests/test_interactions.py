@@ -182,6 +182,17 @@ def test_candidates_are_distinct_unseen_and_reproducible():
     assert "0" in message(draw_candidates, examples, items, negatives=0)
 
 
+def test_the_draw_depends_on_user_target_and_what_was_seen():
+    """Of 10,000 items two independent sets of 9 agree with a probability of about 10,000 ** -9."""
+    items = make_catalog(10_000)
+    base = Example("u", (1,), 0, frozenset({0, 1}))
+    others = [replace(base, user="v"), replace(base, target=1), replace(base, seen=frozenset({0, 1, 2}))]
+    sets = [frozenset(e.candidates) - {0, 1} for e in draw_candidates([base, *others], items)]
+    assert len(set(sets)) == 4
+    longer = replace(base, history=(2, 1))  # how much history is shown changes no set, so settings can be compared
+    assert frozenset(draw_candidates([longer], items)[0].candidates) - {0, 1} == sets[0]
+
+
 @pytest.mark.parametrize("n", [12, 400])  # the explicit pool, and rejection
 def test_candidates_are_uniform(n):
     """Each unseen row is a negative with probability p = 9 / (n - 2), and each of 10 places holds the target 1 in 10.

@@ -39,7 +39,7 @@ def read_movies_100k(path: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
     for line, text in numbered_lines(path, LATIN):
         fields = split_fields(path, line, text, "|", 5 + len(FLAGS), "id, title, 2 dates, URL, 19 genre flags")
         add_title(titles, path, line, fields[0], fields[1])
-        genres[fields[0]] = [genre for genre, flag in zip(FLAGS, fields[5:]) if flag == "1"]
+        genres[fields[0]] = [genre for genre, flag in zip(FLAGS, fields[5:], strict=True) if flag == "1"]
     return titles, genres
 
 

@@ -185,7 +185,7 @@ def split(
     starts = np.flatnonzero(np.diff(user, prepend=-1))
     sequences = {
         users[part_user]: [items[code] for code in part.tolist()]
-        for part_user, part in zip(user[starts].tolist(), np.split(item, starts[1:]))
+        for part_user, part in zip(user[starts].tolist(), np.split(item, starts[1:]), strict=True)
     }
     facts = {
         "users": len(sequences),

@@ -37,7 +37,8 @@ SIDE = 128  # pixels of a poster
 
 def words() -> list[str]:
     """All words that a title can have, and the names of genres and styles: what a tokenizer should know."""
-    return [*GENRES, *STYLES, *sum(GENRES.values(), []), *sum(STYLES.values(), []), *NEUTRAL[0], *NEUTRAL[1]]
+    own = [word for group in (GENRES, STYLES) for words in group.values() for word in words]
+    return [*GENRES, *STYLES, *own, *NEUTRAL[0], *NEUTRAL[1]]
 
 
 def draw_poster(genre: int, style: int, noise: float, rng: np.random.Generator) -> Image.Image:

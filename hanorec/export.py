@@ -1,0 +1,83 @@
+"""Hand a trained policy on: as one adapter, or merged into the base as a full checkpoint.
+
+    python -m hanorec.export --model MODEL --adapter DPO --out OUT            one adapter with what DPO stands on stacked into it
+    python -m hanorec.export --model MODEL --adapter SFT --adapter DPO --out OUT      the same, each layer named
+    python -m hanorec.export --model MODEL --adapter DPO --out OUT --merge            base + adapter as one model
+"""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hanorec.backbone import Backbone, load_backbone
+from hanorec.errors import run
+from hanorec.lora import LoRALinear, attach_adapter, attach_policy, lora_layers, replace_module, save_adapter
+from hanorec.training import claim_folder
+
+
+@torch.no_grad()
+def collapse_adapters(model: nn.Module) -> None:
+    r"""Turn a stack into one exact adapter: A = [A1; A2], B = [s1 B1, s2 B2], scale 1, so r = alpha = r1 + r2."""
+    for path, top in lora_layers(model).items():
+        stack = [top]
+        while isinstance(stack[-1].base, LoRALinear):
+            stack.append(stack[-1].base)
+        one = LoRALinear(stack[-1].base, sum(layer.r for layer in stack), sum(layer.r for layer in stack), top.dropout)
+        one.A.copy_(torch.cat([layer.A for layer in reversed(stack)]))
+        one.B.copy_(torch.cat([layer.scale * layer.B for layer in reversed(stack)], 1))
+        replace_module(model, path, one.train(top.training))
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    r"""Add every adapter of the stack to the base, W + s B A in float32, and remove the LoRALinears."""
+    collapse_adapters(model)
+    for path, layer in lora_layers(model).items():
+        weight = layer.base.weight
+        weight.copy_(weight.to(layer.A.dtype) + layer.scale * layer.B @ layer.A)
+        replace_module(model, path, layer.base)
+
+
+def copy_other_files(source: Path, backbone: Backbone, out: Path) -> None:
+    """Tokenizer, template and preprocessor files as the base has them, so that the merged folder loads by itself."""
+    if source.is_dir():
+        for path in source.iterdir():
+            if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and not (out / path.name).exists() \
+                    and not path.name.endswith(".index.json"):
+                shutil.copy2(path, out / path.name)
+        return
+    backbone.tokenizer.save_pretrained(out)
+    backbone.image_processor.save_pretrained(out)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="base checkpoint, folder or hub name")
+    parser.add_argument("--adapter", required=True, action="append", help="one: with what it stands on; several: the stack, bottom first")
+    parser.add_argument("--out", required=True, help="new folder")
+    parser.add_argument("--merge", action="store_true", help="write a full model instead of an adapter")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"],
+                        help="of a merged model; each sum is computed in float32 and rounded once")
+    args = parser.parse_args(argv)
+    backbone = load_backbone(args.model, args.dtype, "cpu")
+    if len(args.adapter) == 1:
+        attach_policy(backbone.model, args.adapter[0])
+    for directory in args.adapter if len(args.adapter) > 1 else []:
+        attach_adapter(backbone.model, directory)
+    out = claim_folder(args.out)
+    if args.merge:
+        merge_adapters(backbone.model)
+        backbone.model.save_pretrained(out)
+        copy_other_files(Path(args.model), backbone, out)
+    else:
+        collapse_adapters(backbone.model)
+        save_adapter(backbone.model, out, args.model, stage="export", stack=args.adapter)
+    print(f"wrote {'the merged model' if args.merge else 'one adapter'} to {out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,91 @@
+"""Figures of a run folder, readable in grey: python -m hanorec.plots RUN
+
+A folder with log.jsonl gets curves.png (loss, margin, the weights of HaRS); one with results.json (the demo) gets metrics.png;
+folders below are drawn too. Needs matplotlib (pip install -e .[plots]).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from hanorec.errors import InputError, run
+from hanorec.files import read_json
+
+
+def plot_run(folder: Path) -> list[Path]:
+    """Draw all that the folder and its subfolders hold; returns the files written."""
+    folder = Path(folder)
+    written = []
+    for log in sorted(folder.rglob("log.jsonl")):
+        written.append(plot_log(log))
+    if (folder / "results.json").exists():
+        written.append(plot_results(folder / "results.json"))
+    return written
+
+
+def plot_log(path: Path) -> Path:
+    """Training curves of one stage. The band spans the smallest and the largest value in a step."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    step = [r["step"] for r in records]
+    panels = [["loss"], ["gradient_norm"]]
+    if "margin" in records[0]:
+        panels = [["loss"], ["chosen_reward", "rejected_reward", "margin"], ["accuracy"], ["lambda", "eta"], ["beta"], ["gradient_norm"]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8), constrained_layout=True)
+    for axis, names in zip(axes, panels, strict=True):
+        for name, style in zip(names, ("-", "--", ":"), strict=False):
+            axis.plot(step, [r[name] for r in records], style, color="black", label=name)
+            if f"{name}_min" in records[0]:
+                axis.fill_between(step, [r[f"{name}_min"] for r in records], [r[f"{name}_max"] for r in records], color="0.8")
+        axis.set_xlabel("optimizer step")
+        axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(path.parent.name)
+    out = path.parent / "curves.png"
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+    return out
+
+
+def plot_results(path: Path) -> Path:
+    """NDCG@3 of every row of the demo on both candidate sets, the bar over seeds or the bootstrap interval."""
+    seeds = read_json(path)["seeds"]
+    figure, axes = plt.subplots(1, len(seeds[0]), figsize=(5.5 * len(seeds[0]), 4), sharey=True, constrained_layout=True)
+    for axis, kind in zip(np.atleast_1d(axes), seeds[0], strict=True):
+        names = list(seeds[0][kind]["rows"])
+        values = np.array([[seed[kind]["rows"][name]["metrics"]["NDCG@3"]["value"] for name in names] for seed in seeds])
+        mean = values.mean(0)
+        if len(seeds) > 1:
+            error = np.tile(values.std(0, ddof=1), (2, 1))
+        else:
+            interval = [seeds[0][kind]["rows"][name]["metrics"]["NDCG@3"]["interval"] or [v, v] for name, v in zip(names, mean, strict=True)]
+            error = np.abs(np.array(interval).T - mean)
+        y = np.arange(len(names))[::-1]
+        axis.barh(y, mean, color=["0.9" if name in ("chance", "popularity", "oracle") else "0.6" for name in names], edgecolor="black")
+        axis.errorbar(mean, y, xerr=error, fmt="none", color="black", capsize=3)
+        axis.set_yticks(y, names)
+        axis.set_xlabel("NDCG@3")
+        axis.set_title(f"{kind} candidates")
+    out = path.parent / "metrics.png"
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    args = parser.parse_args()
+    written = plot_run(args.run)
+    if not written:
+        raise InputError(f"{args.run}: neither log.jsonl nor results.json in it or below, expected the --out folder of a command")
+    for path in written:
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,85 @@
+"""What the model-level tests share: a small Posterland, three tiny random checkpoints, and a catalogue with odd images."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers: no test may look at the network
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts lie beside the package, they are not part of it
+
+import pytest
+import toy
+from PIL import Image
+
+from hanorec.backbone import FAMILIES, load_backbone
+from hanorec.catalog import load_catalog
+from hanorec.datasets.posterland import make_posterland
+from hanorec.items import encode_pictures
+from hanorec.tiny import make_checkpoint
+
+QWEN_PIXELS = {"shortest_edge": 32 * 32, "longest_edge": 80 * 80}  # a poster is then 2 x 2 tokens, not 1
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Folder of a Posterland with 24 users; tests that write into a data folder copy it."""
+    folder = tmp_path_factory.mktemp("posterland")
+    make_posterland(folder, users=24)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def catalog(data, tmp_path_factory):
+    """Posterland's items, of which row 1 has no image, row 2 a wide one and row 3 a tall one: three grids in one prompt."""
+    folder, whole = tmp_path_factory.mktemp("odd"), load_catalog(data)
+    images = list(whole.images)
+    images[1] = None
+    for row, box in [(2, (0, 0, 128, 64)), (3, (32, 0, 96, 128))]:
+        with Image.open(images[row]) as image:
+            image.crop(box).save(folder / f"{row}.png")
+        images[row] = folder / f"{row}.png"
+    return replace(whole, images=tuple(images))
+
+
+@pytest.fixture(scope="session")
+def make(data, tmp_path_factory):
+    """make(family, **options) -> folder of a new tiny checkpoint whose weights are large enough to tell right from wrong."""
+    titles = load_catalog(data).titles
+
+    def make_one(family, **options):
+        folder = tmp_path_factory.mktemp(family) / "model"
+        make_checkpoint(family, folder, titles, width=64, layers=2, **options)
+        toy.sharpen(folder)
+        if family != "llava_next":
+            path = folder / "preprocessor_config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"size": QWEN_PIXELS}))
+        return folder
+
+    return make_one
+
+
+@pytest.fixture(scope="session")
+def checkpoints(make):
+    """Family -> checkpoint folder. Nobody writes into these."""
+    return {family: make(family) for family in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def backbone(request, checkpoints):
+    """Each family in turn, freshly loaded, as a user does it."""
+    return load_backbone(str(checkpoints[request.param]), "float32", "cpu")
+
+
+@pytest.fixture
+def qwen(checkpoints):
+    """Qwen2.5-VL alone, freshly loaded, for what does not depend on the family."""
+    return load_backbone(str(checkpoints["qwen2_5_vl"]), "float32", "cpu")
+
+
+@pytest.fixture(scope="session")
+def gallery(checkpoints, catalog):
+    """Family -> image features of the first 30 rows."""
+    return {family: encode_pictures(load_backbone(str(folder), "float32", "cpu"), catalog, range(30))
+            for family, folder in checkpoints.items()}

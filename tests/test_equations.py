@@ -1,0 +1,77 @@
+"""docs/equations.md and the code agree, in both directions."""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+IDS = ["SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)), *(f"EV-{n}" for n in range(1, 5))]
+TAG = re.compile(r"#\s*((?:SFT|DPO|HN|EV|BR)-\d+):")
+
+
+def entries() -> dict[str, str]:
+    """ID -> text of its entry."""
+    parts = re.split(r"^### ", (ROOT / "docs" / "equations.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+    return {part.split("\n", 1)[0].strip(): part for part in parts}
+
+
+def symbol_of(entry: str) -> object:
+    """The function that an entry names."""
+    name = re.search(r"^- Code: `([\w.]+)`$", entry, re.M)[1]
+    head, tail = re.match(r"(hanorec(?:\.[a-z_]+)+)\.(.+)", name).groups()
+    found = importlib.import_module(head)
+    for part in tail.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def marked_ids(path: Path) -> set[str]:
+    """IDs in @pytest.mark.equation(...) of the tests of a file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.equation":
+                    found |= {argument.value for argument in mark.args}
+    return found
+
+
+def test_the_entries_are_the_equations():
+    assert list(entries()) == IDS
+
+
+@pytest.mark.parametrize("equation", IDS)
+def test_each_entry_names_a_function_that_carries_its_tag_once(equation):
+    source = inspect.getsource(inspect.unwrap(symbol_of(entries()[equation])))
+    assert TAG.findall(source).count(equation) == 1
+
+
+def test_each_tag_stands_once_in_the_package_and_has_an_entry():
+    tags = [tag for path in sorted((ROOT / "hanorec").rglob("*.py")) for tag in TAG.findall(path.read_text(encoding="utf-8"))]
+    assert sorted(tags) == sorted(IDS)
+
+
+@pytest.mark.parametrize("equation", IDS)
+def test_each_entry_has_a_formula_and_a_source(equation):
+    entry = entries()[equation]
+    assert re.search(r"^\$\$.+\$\$$", entry, re.M)
+    assert re.search(r"^- Document: .+", entry, re.M)
+
+
+@pytest.mark.parametrize("equation", IDS)
+def test_each_equation_has_a_marked_test(equation):
+    assert any(equation in marked_ids(path) for path in (ROOT / "tests").glob("test_*.py"))
+
+
+def test_the_marks_are_equations():
+    assert set().union(*(marked_ids(path) for path in (ROOT / "tests").glob("test_*.py"))) <= set(IDS)
+
+
+def test_the_check_can_fail():
+    assert TAG.findall("# HN-4: formula\n# HN-44: other\n# see HN-5 below") == ["HN-4", "HN-44"]
+    with pytest.raises(AttributeError):
+        symbol_of("- Code: `hanorec.hars.no_such_function`")

@@ -1,0 +1,64 @@
+"""Helpers of the model-level tests: large random weights, a prompt or two, a LoRA that does something."""
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from hanorec.lora import add_lora
+from hanorec.prompts import answer_ids, collate, encode_row, ranking_parts
+from hanorec.scoring import answer_log_probs, forward
+from hanorec.tasks import single_answer
+
+
+def sharpen(folder):
+    """Scale a checkpoint's weights. As initialised (0.02) attention is uniform and logits are flat: a wrong mask would not show."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if weight.ndim >= 2:
+            vision = "vis" in name or "projector" in name
+            weight *= 6 if "embed_tokens" in name else 3 if vision else 4
+    save_file(weights, path, {"format": "pt"})
+
+
+def ranking_row(backbone, catalog, pictures, history=(0, 1, 2), candidates=(3, 4, 5), answers=(3, 4), name="u1"):
+    """A ranking prompt of the odd catalogue, answered by these rows' titles."""
+    tokens = [answer_ids(backbone, catalog.titles[row]) for row in answers]
+    return encode_row(backbone, name, ranking_parts(catalog, history, candidates), pictures, tokens)
+
+
+def log_probs(backbone, rows, pictures):
+    """(B, A) of rows side by side."""
+    batch = collate(backbone, rows, pictures)
+    return answer_log_probs(forward(backbone, batch), batch)
+
+
+def log_probs_alone(backbone, row, pictures):
+    """(1, A) by the plain path: a forward an answer, without packing or padding."""
+    return torch.cat([log_probs(backbone, [single_answer(row, a)], pictures) for a in range(len(row.answers))], 1)
+
+
+def busy_lora(model, seed=1, r=4, alpha=8.0, dropout=0.0):
+    """add_lora with A and B drawn, so that the adapter changes the policy. Returns the layers."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = add_lora(model, r, alpha, dropout)
+    with torch.no_grad():
+        for layer in layers:
+            layer.A.copy_(torch.randn(layer.A.shape, generator=generator) * 0.1)
+            layer.B.copy_(torch.randn(layer.B.shape, generator=generator) * 0.1)
+    return layers
+
+
+def weights(layers):
+    """A and B of each layer, in a fixed order."""
+    return [weight for layer in layers for weight in (layer.A, layer.B)]
+
+
+def gradients(loss, layers):
+    """One flat vector (n,) of the gradients of A and B, zeros where there is none."""
+    grads = torch.autograd.grad(loss, weights(layers), allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in grads])
+
+
+def apart(a, b):
+    """Largest difference, relative to the largest entry of b."""
+    return ((a - b).abs().max() / b.abs().max()).item()
