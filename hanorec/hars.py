@@ -34,16 +34,15 @@ def fuse(H: Tensor, X: Tensor, has_image: Tensor | None = None) -> Tensor:
         InputError: a row that is not finite or has no direction (length 0), named by its number.
     """
     has_image = torch.ones(len(H), dtype=torch.bool, device=H.device) if has_image is None else has_image
-    both = F.normalize(H, dim=1) + F.normalize(X, dim=1)
-    # HN-2: e_i = \operatorname{norm}(\operatorname{norm}(H_i) + \operatorname{norm}(X_i))
-    e = F.normalize(torch.where(has_image[:, None], both, H), dim=1)
-    length = e.norm(dim=1)
-    bad = ~((length - 1).abs() < 0.01)  # NaN compares false, so it is caught too
+    both = F.normalize(H, dim=1) + torch.where(has_image[:, None], F.normalize(X, dim=1), 0)  # (N, d)
+    length = both.norm(dim=1)
+    bad = ~((length > 1e-4) & length.isfinite())  # opposite H and X leave nothing but rounding
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise InputError(f"item row {row}: its fused embedding has length {length[row].item()}, expected 1; "
-                         "its features are zero, opposite or not finite: mend the title or the image of that item")
-    return e
+        raise InputError(f"item row {row}: the sum of its embeddings has length {length[row].item()}, expected more than 1e-4; "
+                         "they are zero, opposite or not finite: mend the title or the image of that item")
+    # HN-2: e_i = \operatorname{norm}(\operatorname{norm}(H_i) + \operatorname{norm}(X_i))
+    return F.normalize(both, dim=1)
 
 
 def cluster_gap(e: Tensor, scores: Tensor, index: Tensor, chosen: Tensor, rejected: Tensor,
@@ -58,7 +57,7 @@ def cluster_gap(e: Tensor, scores: Tensor, index: Tensor, chosen: Tensor, reject
         delta: (P,), in 0 .. sqrt 2 for the first two forms.
     """
     if form == "cosine":
-        return 1 - (e[chosen] * e[rejected]).sum(1)
+        return (1 - (e[chosen] * e[rejected]).sum(1)).clamp_min(0)  # equal rows can round below 0
     if form == "ranked":
         p_w, p_l = scores[chosen].softmax(1), scores[rejected].softmax(1)  # (P, K)
     elif form == "union":
@@ -80,7 +79,7 @@ def hardness(delta: Tensor, form: str = "sigmoid", mean: float | Tensor | None =
 
     Args:
         delta: (P,). mean, std: of Delta over the training pairs (population std); default: those of delta.
-        form: "sigmoid" (document; range 0.5 .. 0.805, since 0 <= Delta <= sqrt 2), "ratio" (authors' release: the same up
+        form: "sigmoid" (document; range 0.5 .. 0.805 at most, since 0 <= Delta <= sqrt 2), "ratio" (authors' release: the same up
             to a constant), "standardised" (ours: the whole range 0 .. 2, mean near 1).
     Returns:
         lam: (P,).
@@ -117,11 +116,15 @@ def responsiveness(R: Tensor, trim: float | None = None, mean: float | None = No
             that responds as usual then lies at 0 rather than at 1, so the denominator is sigma(0).
     Returns:
         eta: (). By default in (0, 1 / sigma(1) = 1.368), or up to 2 with running statistics; it depends on the skew
-        of R, not on its sign or scale. All rewards 0, as at the first step: 1.
+        of R, not on its sign or scale (while |mean R| > 1e-8). All rewards 0, as at the first step: 1.
     Raises:
-        InputError: fewer than 3 pairs, or trim out of range.
+        InputError: fewer than 3 pairs, trim out of range, rewards not finite, one running statistic without the other.
     """
     n = len(R)
+    if trim is not None and not 0 < trim < 0.5:
+        raise InputError(f"trim {trim}: expected a fraction between 0 and 0.5, or None to drop one reward at each end")
+    if (mean is None) != (std is None) or not R.isfinite().all():
+        raise InputError(f"rewards {R.tolist()}, running mean {mean} and std {std}: expected finite rewards, and both statistics or neither")
     drop = 1 if trim is None else max(1, int(trim * n))
     if n < 3 or 2 * drop >= n:
         raise InputError(f"responsiveness of {n} pairs, {drop} dropped from each end: at least {max(3, 2 * drop + 1)} pairs "

@@ -39,6 +39,8 @@ def preference_logit(policy_w: Tensor, policy_l: Tensor, ref_w: Tensor, ref_l: T
     w = chosen, l = rejected. No gradient flows to the reference. h > 0: the policy prefers the chosen answer by more than
     the reference does; h = 0 where policy = reference.
     """
+    if not policy_w.shape == policy_l.shape == ref_w.shape == ref_l.shape:
+        raise ValueError(f"preference_logit: shapes {[tuple(x.shape) for x in (policy_w, policy_l, ref_w, ref_l)]}, expected four equal ones")
     # DPO-1: h_i = [\log\pi_\theta(y_w|x) - \log\pi_{ref}(y_w|x)] - [\log\pi_\theta(y_l|x) - \log\pi_{ref}(y_l|x)]
     return (policy_w - ref_w.detach()) - (policy_l - ref_l.detach())
 
@@ -55,6 +57,8 @@ def dpo_loss(h: Tensor, beta: float | Tensor, normalised_by: float | None = None
         (P,); ln 2 = 0.693 at h = 0 in the plain form.
     """
     beta = torch.as_tensor(beta, dtype=h.dtype, device=h.device).detach()
+    if beta.ndim and beta.shape != h.shape:
+        raise ValueError(f"dpo_loss: beta of shape {tuple(beta.shape)} for h of shape {tuple(h.shape)}, expected a number or the same shape")
     # DPO-2: L_{DPO} = -\log \sigma(\beta_0 h_i) \quad \text{(one } \beta_0 \text{ for all pairs)}
     # HN-11: L_{HaNo} = -\log \sigma(\beta'_i \tilde h_i) \quad \text{(its own } \beta'_i \text{ for each pair)}
     loss = -F.logsigmoid(beta * h)

@@ -42,6 +42,8 @@ def ndcg(ranks: ArrayLike, k: int) -> float:
 def auc_rows(positive: ArrayLike, negative: ArrayLike) -> np.ndarray:
     r"""AUC of each user (U,) from the scores (U,) of positives and (U, n) of negatives: won pairs, ties count half."""
     positive, negative = np.asarray(positive, np.float64)[:, None], np.asarray(negative, np.float64)
+    if np.isnan(positive).any() or np.isnan(negative).any():
+        raise InputError("AUC of NaN scores, expected numbers; the model is broken")
     # EV-3: AUC = P(s^+ > s^-) + \tfrac12 P(s^+ = s^-)
     return ((positive > negative) + 0.5 * (positive == negative)).mean(1)
 

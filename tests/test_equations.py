@@ -15,13 +15,13 @@ TAG = re.compile(r"#\s*((?:SFT|DPO|HN|EV|BR)-\d+):")
 
 def entries() -> dict[str, str]:
     """ID -> text of its entry."""
-    parts = re.split(r"^### ", (ROOT / "docs" / "equations.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+    parts = re.split(r"^### ", (ROOT / "docs" / "equations.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     return {part.split("\n", 1)[0].strip(): part for part in parts}
 
 
 def symbol_of(entry: str) -> object:
     """The function that an entry names."""
-    name = re.search(r"^- Code: `([\w.]+)`$", entry, re.M)[1]
+    name = re.search(r"^- Code: `([\w.]+)`$", entry, re.MULTILINE)[1]
     head, tail = re.match(r"(hanorec(?:\.[a-z_]+)+)\.(.+)", name).groups()
     found = importlib.import_module(head)
     for part in tail.split("."):
@@ -58,8 +58,8 @@ def test_each_tag_stands_once_in_the_package_and_has_an_entry():
 @pytest.mark.parametrize("equation", IDS)
 def test_each_entry_has_a_formula_and_a_source(equation):
     entry = entries()[equation]
-    assert re.search(r"^\$\$.+\$\$$", entry, re.M)
-    assert re.search(r"^- Document: .+", entry, re.M)
+    assert re.search(r"^\$\$.+\$\$$", entry, re.MULTILINE)
+    assert re.search(r"^- Document: .+", entry, re.MULTILINE)
 
 
 @pytest.mark.parametrize("equation", IDS)

@@ -322,3 +322,11 @@ def test_kl_gradcheck_and_no_gradient_to_the_reference():
     assert gradcheck(lambda p: kl_divergence(p, ref.detach()), (policy,))
     kl_divergence(policy, ref).backward()
     assert ref.grad is None and policy.grad.abs().sum() > 0
+
+
+@pytest.mark.equation("DPO-1", "HN-11")
+def test_shapes_that_would_broadcast_are_refused():
+    with pytest.raises(ValueError, match="four equal"):
+        preference_logit(torch.ones(3), torch.ones(3), torch.ones(1), torch.ones(3))
+    with pytest.raises(ValueError, match="same shape"):
+        dpo_loss(torch.ones(3), torch.ones(3, 1))

@@ -51,7 +51,7 @@ def test_chat_template_is_used(backbone, catalog):
 
 
 def test_prompt_reads_as_the_task_says(backbone, catalog, gallery):
-    """The text between the images, in order; each image stands behind its own title."""
+    """The text between the images, in order; each image stands before its own title."""
     pictures = gallery[backbone.family]
     row = toy.ranking_row(backbone, catalog, pictures, (0, 1), (2, 3))
     before, after = turn(backbone)
@@ -64,7 +64,7 @@ def test_prompt_reads_as_the_task_says(backbone, catalog, gallery):
             blocks.append([])
     t = catalog.titles
     assert [backbone.tokenizer.decode(block, clean_up_tokenization_spaces=False) for block in blocks] == [
-        f"{prompts.HISTORY}1. {t[0]}", f"\n2. {t[1]}\n{prompts.WHICH}1. {t[2]}", f"\n2. {t[3]}", f"\n{prompts.TITLE_ALONE}"]
+        f"{prompts.HISTORY}1. ", f"{t[0]}\n2. {t[1]}\n{prompts.WHICH}1. ", f"{t[2]}\n2. ", f"{t[3]}\n{prompts.TITLE_ALONE}"]
     assert row.images == [0, 2, 3]
     text_only = encode_row(backbone, "u", ranking_parts(catalog, [0, 1], [2, 3], images=False), pictures, [[1]])
     assert text_only.images == [0]  # the history keeps its images
