@@ -24,10 +24,11 @@ from hanorec.prompts import Row
 def global_batches(n: int, size: int, seed: int, epoch: int, least: int = 1) -> list[list[int]]:
     """The optimizer steps of one epoch: a permutation of 0 .. n - 1 that is a function of seed and epoch, cut into `size`.
 
-    A rest of fewer than `least` joins the step before it. Raises InputError where n itself is smaller.
+    A rest of fewer than `least` joins the step before it. Raises InputError where n or size itself is smaller.
     """
-    if n < least:
-        raise InputError(f"{n} training rows, at least {least} are needed in one optimizer step; use more users or more targets")
+    if min(n, size) < least:
+        raise InputError(f"{n} training rows in steps of {size}, expected at least {least} in each step; use more users or targets, or raise "
+                         "--micro-batch or --accumulation")
     order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
     batches = [order[i : i + size] for i in range(0, n, size)]
     if len(batches) > 1 and len(batches[-1]) < least:

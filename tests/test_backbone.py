@@ -86,6 +86,7 @@ def test_qwen_placeholders_follow_the_grid(checkpoints, catalog, gallery):
         assert row.images == [0, 2, 3, 4, 5]  # row 1 has none
 
 
+@pytest.mark.equation("EV-1", "DPO-1")
 def test_packed_equals_separate(backbone, catalog, gallery):
     """[prompt | a | b | c] in one row against three forwards: log-probabilities, and gradients of every LoRA weight."""
     pictures = gallery[backbone.family]

@@ -125,6 +125,7 @@ def test_bad_rank_and_no_linear(qwen):
 # ---- the reference ----
 
 
+@pytest.mark.equation("DPO-1", "HN-11")
 @pytest.mark.parametrize("sft", [False, True])
 def test_first_loss_is_ln_2(backbone, catalog, gallery, sft):
     """Policy = reference: h is exactly 0 with or without a (non-zero) SFT adapter below, in train mode without dropout and with
@@ -210,6 +211,7 @@ def test_dropout_is_for_the_trained_adapter_in_training(qwen, pair):
 # ---- noise ----
 
 
+@pytest.mark.equation("HN-9", "HN-10")
 @pytest.mark.parametrize("mode", ["absolute", "relative"])
 def test_noise_equals_replaced_weights(qwen, pair, mode):
     """One draw for chosen and rejected, for two forwards, and for forward and backward: loss and gradients are those of a model
@@ -233,6 +235,7 @@ def test_noise_equals_replaced_weights(qwen, pair, mode):
     assert toy.apart(grad, toy.gradients(objective(plain), layers)) > 1e-2
 
 
+@pytest.mark.equation("HN-10")
 def test_noise_is_on_the_top_adapter_only(qwen, pair):
     below = toy.busy_lora(qwen.model, seed=1)
     above = toy.busy_lora(qwen.model, seed=2)
@@ -245,6 +248,7 @@ def test_noise_is_on_the_top_adapter_only(qwen, pair):
                 assert torch.equal(pair(), reference)  # the reference is clean inside the block too
 
 
+@pytest.mark.equation("HN-9")
 def test_size_of_the_noise(qwen):
     """absolute: standard deviation sigma on A and on B. relative: sigma times the RMS of A and of B, or of a fresh A, which is
     1 / sqrt(3 in), while B is smaller than that."""
@@ -322,6 +326,7 @@ def recorded_layers(model):
     return calls
 
 
+@pytest.mark.equation("HN-9")
 @pytest.mark.parametrize("stack", [False, True])
 def test_noise_is_exact_under_checkpointing(qwen, pair, stack):
     """Same loss and gradients with and without non-reentrant activation checkpointing, noise on."""
@@ -340,6 +345,7 @@ def test_noise_is_exact_under_checkpointing(qwen, pair, stack):
     assert not any(w.requires_grad for name, w in qwen.model.named_parameters() if "visual" in name)
 
 
+@pytest.mark.equation("HN-9")
 def test_backward_outside_the_block_is_wrong(qwen, pair):
     """Negative control: once the draw is gone, the recomputed forward is another one, and so are the gradients."""
     layers = toy.busy_lora(qwen.model, seed=2)
