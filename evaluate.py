@@ -1,7 +1,7 @@
 """Evaluation: HR@3, NDCG@3 and AUC of one or more policies on the same frozen candidate sets (EV-1 .. EV-3).
 
     python evaluate.py --model MODEL --adapter SFT --adapter DPO --data DATA --out OUT      OUT/metrics.json, a table
-    python evaluate.py ... --user ID --top-k K                                              a ranked list for one user
+    python evaluate.py ... --out OUT --user ID --top-k K                          OUT/recommendations.json, the list printed
 
 Every --adapter is one policy, with what it stands on; `--adapter base` is the bare model. Two candidate sets, drawn once, kept in
 the data folder and the same for every model: `random` (unseen items) and `hard` (unseen items near the positive). The first
@@ -34,9 +34,9 @@ from hanorec.interactions import (
     save_candidates,
     select_users,
 )
-from hanorec.items import encode_pictures, neighbors
+from hanorec.items import encode_pictures, item_embeddings, neighbors
 from hanorec.lora import attach_policy, remove_adapters
-from hanorec.metrics import auc_rows, bootstrap_interval, ndcg_rows, paired_test, pooled_auc, rank_of_positive
+from hanorec.metrics import auc_rows, bootstrap_interval, ndcg_rows, paired_test, pooled_auc, rank_of_positive, similarity_groups
 from hanorec.prompts import collate
 from hanorec.scoring import answer_log_probs, forward
 from hanorec.tasks import Source, scoring_rows, used_rows
@@ -78,12 +78,12 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
         users = set(select_users([e.user for e in examples], data.users_from, data.users_to, config.seed))
     sets = {kind: [e for e in drawn if e.user in users] for kind, drawn in sets.items()}
     needed = set().union(*(used_rows(drawn) for drawn in sets.values()))
-    if config.images == "shuffled":  # every image goes to another item, so the owner must be encoded, not the borrower
-        owners = [row for row in range(len(catalog.ids)) if catalog.images[row] is not None]
-        moved = np.roll(np.random.default_rng(config.seed).permutation(owners), 1)
-        back = dict(zip(np.random.default_rng(config.seed).permutation(owners).tolist(), moved.tolist(), strict=True))
-        catalog = replace(catalog, images=tuple(catalog.images[back.get(row, row)] for row in range(len(catalog.ids))))
-        pictures = {}
+    if config.images == "shuffled":  # a cycle through all owners of an image, so that nobody keeps its own
+        owners = np.random.default_rng(config.seed).permutation([row for row, path in enumerate(catalog.images) if path is not None])
+        images = list(catalog.images)
+        for row, other in zip(owners, np.roll(owners, 1), strict=True):
+            images[row] = catalog.images[other]
+        catalog, pictures = replace(catalog, images=tuple(images)), {}
     if not pictures:
         pictures = encode_pictures(backbone, catalog, needed)
     return Source(backbone, catalog, pictures, data), sets
@@ -145,20 +145,38 @@ def print_table(kind: str, rows: dict[str, dict[str, Any]]) -> None:
         print(f"{name:<{width}}" + "".join(f"{t:>26}" for t in text))
 
 
-def print_user(source: Source, sets: dict[str, list[Example]], policies: Sequence[str], config: EvalConfig) -> None:
-    """The Top-K titles of one user for each policy, from the user's random candidate set."""
-    for example in sets["random"]:
-        if not 1 <= config.top_k <= len(example.candidates):
+def recommend(source: Source, examples: list[Example], policies: Sequence[str], config: EvalConfig) -> list[dict[str, Any]]:
+    """The Top-K titles of one user for each policy, from the user's random candidate set; printed and returned."""
+    lists = []
+    for example in examples:
+        if config.top_k > len(example.candidates):
             raise InputError(f"--top-k {config.top_k}: user {config.user!r} has {len(example.candidates)} candidates; choose 1 .. that many")
         print(f"user {config.user}, history: " + " | ".join(source.catalog.titles[row] for row in example.history))
         for policy in policies:
             use_policy(source.backbone, policy)
             scores = score(source, [example], config.batch)["sum"][0]
+            best = np.argsort(-scores, kind="stable")[: config.top_k]
+            rows = [{"id": source.catalog.ids[example.candidates[c]], "title": source.catalog.titles[example.candidates[c]],
+                     "score": float(scores[c]), "chosen": example.candidates[c] == example.target} for c in best]
+            lists.append({"user": config.user, "policy": policy, "items": rows})
             print(f"{policy}:")
-            for place, c in enumerate(np.argsort(-scores, kind="stable")[: config.top_k], 1):
-                row = example.candidates[c]
-                mark = "  <- chosen" if row == example.target else ""
-                print(f"  {place}. {source.catalog.titles[row]} (id {source.catalog.ids[row]}, score {scores[c]:.3f}){mark}")
+            for place, row in enumerate(rows, 1):
+                print(f"  {place}. {row['title']} (id {row['id']}, score {row['score']:.3f}){'  <- chosen' if row['chosen'] else ''}")
+    return lists
+
+
+def similarity(source: Source, policies: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """EV-4 for each policy against the bare model, from last hidden states: mean cosine of ten groups of items, weakest first."""
+    pictures = encode_pictures(source.backbone, source.catalog, range(len(source.catalog.ids)))
+    cosine = {}
+    for policy in ["base", *policies]:
+        use_policy(source.backbone, policy)
+        H, X, has_image = item_embeddings(source.backbone, source.catalog, pictures, "hidden")
+        cosine[policy] = torch.cosine_similarity(H, X)[has_image].numpy()
+    groups = {policy: similarity_groups(cosine["base"], cosine[policy]) for policy in policies}
+    for policy, (before, after) in groups.items():
+        print(f"\nimage-text similarity, ten groups, {policy}\n  before {np.round(before, 3)}\n  after  {np.round(after, 3)}")
+    return {policy: {"before": before.tolist(), "after": after.tolist()} for policy, (before, after) in groups.items()}
 
 
 def use_policy(backbone: Backbone, policy: str) -> None:
@@ -180,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels)
     source, sets = candidate_sets(backbone, data, config)
     if config.user is not None:
-        return print_user(source, sets, policies, config)
+        write_json(out / "recommendations.json", recommend(source, sets["random"], policies, config))
+        write_run(out, [model_config, data, config])
+        return
     print_budget(scoring_rows(source, next(iter(sets.values()))[:32]), config.batch, backbone)
     report: dict[str, Any] = {"settings": asdict(data) | asdict(config), "sets": {}}
     scores = {}
@@ -204,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for test in tests:
             print(f"{test['better']} - {test['than']}, {test['metric']}: {100 * test['difference']:+.2f} "
                   f"[{100 * test['low']:+.2f}, {100 * test['high']:+.2f}], p = {test['p']:.3f}")
+    if config.similarity:
+        report["similarity"] = similarity(source, policies)
     write_json(out / "metrics.json", report)
     write_run(out, [model_config, data, config])
     print(f"\nwrote {out / 'metrics.json'}")

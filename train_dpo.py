@@ -103,8 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     with torch.no_grad(), adapters_off(policy), autocast(backbone):
                         ref_logits = forward(backbone, micro)
                     kl = kl_divergence(answer_logits(logits, micro), answer_logits(ref_logits, micro))
-                    loss = loss + dpo.kl_coef * kl * len(h_part) / len(batch)
-                    kls.append(kl.item() * len(h_part) / len(batch))
+                    share = len(micro.token) / sum(len(m.token) for m in micros)  # a mean over the step's answer tokens, as in SFT
+                    loss = loss + dpo.kl_coef * kl * share
+                    kls.append(kl.item() * share)
                 loss.backward()
                 losses += loss.item()
                 h.append(h_part.detach())

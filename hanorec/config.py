@@ -135,6 +135,7 @@ class EvalConfig:
     images: Literal["own", "shuffled"] = option("own", "shuffled (ours): give each item another one's image, to see what images are worth")
     batch: int = option(4, "users in one forward")
     seed: int = option(2025, "seed of the candidate sets and of the intervals")
+    similarity: bool = option(False, "EV-4: image-text similarity of all items before and after training, in ten groups")
     user: str | None = option(None, "print a ranked list for this user instead of metrics")
     top_k: int = option(3, "length of that list")
 
@@ -152,9 +153,9 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None, about: str |
         if not isinstance(settings, dict) or (unknown := sorted(settings.keys() - known)):
             what = f"unknown keys {', '.join(unknown)}" if isinstance(settings, dict) else "not an object"
             raise InputError(f"{path}: {what}; expected a JSON object with keys among {', '.join(sorted(known))}")
-        from_file = []
+        from_file, given = [], {flag.partition("=")[0].replace("_", "-") for flag in argv}
         for key, value in settings.items():
-            if value is not None and value != []:
+            if value is not None and value != [] and f"--{key}".replace("_", "-") not in given:  # --adapter would add to the file's list
                 from_file += [f"--{key}", *(map(str, value) if isinstance(value, list) else [_flag(value)])]
         argv = from_file + argv[1:]
     *configs, unknown_flags = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)

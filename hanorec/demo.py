@@ -14,23 +14,26 @@ ones are in SFT and DPO below: the model is a thousand times smaller, so it need
 import argparse
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from hanorec.catalog import load_catalog
 from hanorec.datasets import posterland
 from hanorec.errors import InputError, run
 from hanorec.files import read_json, write_json, write_text
+from hanorec.interactions import Example, load_interactions
 from hanorec.training import claim_folder
 
 BASE = Path(__file__).parent / "assets" / "posterland-base"
-USERS, TEST_USERS = 900, 1 / 3  # all users' training sequences are used; the last items of a third are the test
-SFT = ["--learning-rate", "2e-3", "--epochs", "3", "--micro-batch", "16", "--accumulation", "2", "--users-to", "0.5"]
-DPO = ["--learning-rate", "5e-4", "--epochs", "1", "--micro-batch", "16", "--accumulation", "2", "--users-from", "0.5",
-       "--dataset", "movielens"]
+USERS = 900
+COMMON = ["--micro-batch", "16", "--accumulation", "2", "--lora-dropout", "0"]
+SFT = [*COMMON, "--learning-rate", "2e-3", "--epochs", "3", "--users-to", "0.5"]
+DPO = [*COMMON, "--learning-rate", "5e-4", "--epochs", "1", "--users-from", "0.5", "--targets-per-user", "1"]
+TEST = ["--users-to", "0.3333", "--batch", "16"]
 STAGES = {  # name -> (script, flags); all start from the SFT adapter and see the same users
     "HaNoRec": ("train_dpo", ["--ablation", "full"]),
     "w/o HaRS": ("train_dpo", ["--ablation", "no_hars"]),
@@ -40,95 +43,95 @@ STAGES = {  # name -> (script, flags); all start from the SFT adapter and see th
     "HaNoRec, standardised, relative": ("train_dpo", ["--ablation", "full", "--hardness", "standardised", "--noise", "relative"]),
     "SFT continued": ("train_sft", []),
 }
+SHUFFLED = "SFT, images shuffled"
+ROWS = ["chance", "popularity", "base", SHUFFLED, "SFT", "SFT continued", "DPO", "HaNoRec", "w/o HaRS", "w/o NoDO", "w/o SAM",
+        "HaNoRec, standardised, relative", "oracle"]
 
 
-def script(name: str) -> Callable[[Sequence[str]], None]:
-    """`main` of a top-level script, which lives beside the package in a clone."""
+def script(name: str) -> Any:
+    """A top-level script as a module; it lives beside the package in a clone."""
     path = Path(__file__).parent.parent / f"{name}.py"
     if not path.exists():
         raise InputError(f"{path}: no such file; the demo runs the training scripts of a clone, so install with `pip install -e .`")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
 
 
-def run_seed(out: Path, seed: int) -> dict[str, Any]:
-    """All stages once; returns for each candidate set and row the metric of every test user, by the user's order."""
-    data = out / "data"
-    posterland.make_posterland(data, USERS, seed=seed)
-    common = ["--model", str(BASE), "--data", str(data)]
-    training = [*common, "--seed", str(seed), "--targets-per-user", "3"]
-    script("train_sft")([*training, *SFT, "--out", str(out / "SFT")])
+def run_stages(out: Path, model: Path, data: Path, seed: int, sft: list[str], dpo: list[str], test: list[str], noise: str) -> None:
+    """Train every stage and evaluate them all on the same candidates: out/SFT, out/HaNoRec ..., out/test, out/test-shuffled."""
+    common = ["--model", str(model), "--data", str(data), "--seed", str(seed)]
+    script("train_sft").main([*common, *sft, "--out", str(out / "SFT")])
     for name, (command, flags) in STAGES.items():
-        script(command)([*training, *(DPO if command == "train_dpo" else DPO[:-2]), *flags, "--sft", str(out / "SFT"), "--out", str(out / name)])
-    testing = [*common, "--seed", str(seed), "--users-to", str(TEST_USERS), "--batch", "16"]
-    policies = [str(out / name) for name in [*STAGES, "SFT"]] + ["base"]
-    script("evaluate")([*testing, *(flag for p in policies for flag in ("--adapter", p)), "--out", str(out / "test")])
-    script("evaluate")([*testing, "--adapter", str(out / "SFT"), "--images", "shuffled", "--out", str(out / "test-shuffled")])
-    return collect(out)
+        preset = ["--dataset", noise] if command == "train_dpo" else []
+        script(command).main([*common, *dpo, *flags, *preset, "--sft", str(out / "SFT"), "--out", folder(out, name)])
+    policies = [folder(out, name) for name in [*STAGES, "SFT"]] + ["base"]
+    script("evaluate").main([*common, *test, *(flag for p in policies for flag in ("--adapter", p)), "--out", str(out / "test")])
+    script("evaluate").main([*common, *test, "--adapter", str(out / "SFT"), "--images", "shuffled", "--out", str(out / "test-shuffled")])
+
+
+def folder(out: Path, name: str) -> str:
+    """Where a stage's adapter lies; its name may hold a slash."""
+    return str(out / name.replace("/", ""))
 
 
 def collect(out: Path) -> dict[str, Any]:
-    """Rows of the table from the two reports: {set: {row: {metric: {"value", "interval"}, "NDCG by title": ...}}}."""
-    summarise = script_attribute("evaluate", "summarise")
-    truth = read_json(out / "data" / "truth.json")
-    ambiguous = {item["id"]: item["ambiguous"] for item in truth["items"]}
+    """From the two reports: {set: {"rows": {name: {metric: {"value", "interval"}}}, "NDCG": {name: per user}, "users", "paired"}}."""
     found: dict[str, Any] = {}
     for kind, report in read_json(out / "test" / "metrics.json")["sets"].items():
         shuffled = read_json(out / "test-shuffled" / "metrics.json")["sets"][kind]
-        clear = np.array([not ambiguous[user["target"]] for user in report["users"]])
-        policies = {Path(p).name: r for p, r in report["policies"].items()}
-        policies |= {"SFT, posters shuffled": next(iter(shuffled["policies"].values())), "popularity": report["popularity"]}
-        policies["oracle"] = summarise(*oracle(truth, out / "data", report["users"]), 0)
-        rows = {"chance": {"metrics": report["chance"]["metrics"]}}
-        for name in ["popularity", "base", "SFT, posters shuffled", "SFT", *sorted(set(STAGES), key=list(STAGES).index), "oracle"]:
-            ndcg = np.array(policies[name]["rows"]["NDCG@3"])
-            rows[name] = {"metrics": policies[name]["metrics"],
-                          "NDCG@3 by title": {"clear": float(ndcg[clear].mean()), "ambiguous": float(ndcg[~clear].mean())}}
-        found[kind] = {"rows": rows, "paired": report["paired"]}
+        results = {name: report["policies"][folder(out, name)] for name in [*STAGES, "SFT"]} | {"base": report["policies"]["base"]}
+        results |= {SHUFFLED: next(iter(shuffled["policies"].values())), "popularity": report["popularity"]}
+        found[kind] = {"rows": {name: r["metrics"] for name, r in results.items()} | {"chance": report["chance"]["metrics"]},
+                       "NDCG": {name: r["rows"]["NDCG@3"] for name, r in results.items()}, "users": report["users"],
+                       "paired": report["paired"]}
     return found
 
 
-def script_attribute(name: str, attribute: str) -> Any:
-    """Another function of a script than its main."""
-    return script(name).__globals__[attribute]
-
-
-def oracle(truth: dict, data: Path, users: list[dict]) -> tuple[np.ndarray, list]:
-    """The generating probabilities as scores, and the examples they belong to."""
-    from hanorec.catalog import load_catalog
-    from hanorec.interactions import Example, load_interactions
-
-    catalog = load_catalog(data)
-    interactions = load_interactions(data, catalog)
-    scores, examples = [], []
-    for user in users:
-        seen = set(interactions.before(user["user"], "test"))
-        candidates = tuple(catalog.row[c] for c in user["candidates"])
-        p = posterland.next_probabilities(truth["items"], *truth["tastes"][user["user"]], seen)
-        scores.append(p[list(candidates)])
-        examples.append(Example(user["user"], (), catalog.row[user["target"]], frozenset(), candidates))
-    return np.array(scores), examples
-
-
 def table(seeds: list[dict[str, Any]]) -> str:
-    """Markdown: mean over seeds in percent, with the bootstrap interval of the one seed or the deviation over several."""
+    """Markdown: percent, with the bootstrap interval of the one seed, or mean and deviation over several."""
     lines = []
     for kind in seeds[0]:
-        lines += [f"\n### {kind} candidates\n", "| | HR@3 | NDCG@3 | AUC | NDCG@3, clear titles | ambiguous titles |", "|---|---|---|---|---|---|"]
-        for name in seeds[0][kind]["rows"]:
-            rows = [seed[kind]["rows"][name] for seed in seeds]
+        lines += [f"\n**{kind} candidates** | HR@3 | NDCG@3 | AUC", "---|---|---|---"]
+        for name in [name for name in ROWS if name in seeds[0][kind]["rows"]]:
             cells = []
             for metric in ("HR@3", "NDCG@3", "AUC"):
-                values = [100 * row["metrics"][metric]["value"] for row in rows]
-                interval = rows[0]["metrics"][metric]["interval"]
-                cells.append(f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(seeds) > 1 and interval else
-                                                          "" if not interval else " [{:.1f}, {:.1f}]".format(*(100 * x for x in interval))))
-            for title in ("clear", "ambiguous"):
-                parts = [row["NDCG@3 by title"][title] for row in rows if "NDCG@3 by title" in row]
-                cells.append(f"{100 * np.mean(parts):.1f}" if parts else "")
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+                found = [seed[kind]["rows"][name][metric] for seed in seeds]
+                values, interval = [100 * f["value"] for f in found], found[0]["interval"]
+                spread = f" ± {np.std(values, ddof=1):.1f}" if len(seeds) > 1 else " [{:.1f}, {:.1f}]".format(*(100 * x for x in interval or (0, 0)))
+                cells.append(f"{np.mean(values):.1f}{spread if interval else ''}")
+            lines.append(f"{name} | " + " | ".join(cells))
+    return "\n".join(lines) + "\n"
+
+
+def add_oracle(found: dict[str, Any], data: Path) -> None:
+    """The row of the generating probabilities themselves, for the same users and candidates."""
+    evaluate, catalog = script("evaluate"), load_catalog(data)
+    interactions, truth = load_interactions(data, catalog), read_json(data / "truth.json")
+    for kind in found.values():
+        scores, examples = [], []
+        for user in kind["users"]:
+            candidates = tuple(catalog.row[c] for c in user["candidates"])
+            p = posterland.next_probabilities(truth["items"], *truth["tastes"][user["user"]], set(interactions.before(user["user"], "test")))
+            scores.append(p[list(candidates)])
+            examples.append(Example(user["user"], (), catalog.row[user["target"]], frozenset(), candidates))
+        result = evaluate.summarise(np.array(scores), examples, seed=0)
+        kind["rows"]["oracle"], kind["NDCG"]["oracle"] = result["metrics"], result["rows"]["NDCG@3"]
+
+
+def title_table(seeds: list[dict[str, Any]], ambiguous: list[dict[str, bool]]) -> str:
+    """NDCG@3 on users whose next film has a clear title, and on those whose next film only its poster tells."""
+    lines = ["\n**NDCG@3 by the target's title** | clear | only the poster tells", "---|---|---"]
+    for kind in seeds[0]:
+        for name in ("oracle", "SFT", SHUFFLED):
+            parts = [[], []]
+            for seed, of_item in zip(seeds, ambiguous, strict=True):
+                hidden = np.array([of_item[user["target"]] for user in seed[kind]["users"]])
+                ndcg = np.array(seed[kind]["NDCG"][name])
+                for part, mask in zip(parts, (~hidden, hidden), strict=True):
+                    part.append(100 * ndcg[mask].mean())
+            lines.append(f"{name}, {kind} | {np.mean(parts[0]):.1f} | {np.mean(parts[1]):.1f}")
     return "\n".join(lines) + "\n"
 
 
@@ -140,8 +143,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.seeds < 1:
         raise InputError(f"--seeds {args.seeds}: expected at least 1")
     out, start, cpu = claim_folder(args.out), time.time(), time.process_time()
-    found = [run_seed(out / f"seed-{2025 + s}", 2025 + s) for s in range(args.seeds)]
-    text = table(found)
+    found, ambiguous = [], []
+    for seed in range(2025, 2025 + args.seeds):
+        here = out / f"seed-{seed}"
+        posterland.make_posterland(here / "data", USERS, seed=seed)
+        run_stages(here, BASE, here / "data", seed, SFT, DPO, TEST, noise="movielens")
+        found.append(collect(here))
+        add_oracle(found[-1], here / "data")
+        ambiguous.append({item["id"]: item["ambiguous"] for item in read_json(here / "data" / "truth.json")["items"]})
+    text = table(found) + title_table(found, ambiguous)
     write_json(out / "results.json", {"seeds": found, "seconds": time.time() - start, "cpu_seconds": time.process_time() - cpu,
                                       "threads": torch.get_num_threads()})
     spread = "bootstrap 95% intervals over users" if args.seeds == 1 else f"mean and deviation over {args.seeds} seeds"

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from hanorec.demo import ROWS
 from hanorec.errors import InputError, run
 from hanorec.files import read_json
 
@@ -56,14 +57,13 @@ def plot_results(path: Path) -> Path:
     seeds = read_json(path)["seeds"]
     figure, axes = plt.subplots(1, len(seeds[0]), figsize=(5.5 * len(seeds[0]), 4), sharey=True, constrained_layout=True)
     for axis, kind in zip(np.atleast_1d(axes), seeds[0], strict=True):
-        names = list(seeds[0][kind]["rows"])
-        values = np.array([[seed[kind]["rows"][name]["metrics"]["NDCG@3"]["value"] for name in names] for seed in seeds])
-        mean = values.mean(0)
+        names = [name for name in ROWS if name in seeds[0][kind]["rows"]]
+        found = [[seed[kind]["rows"][name]["NDCG@3"] for name in names] for seed in seeds]
+        mean = np.array([[f["value"] for f in row] for row in found]).mean(0)
         if len(seeds) > 1:
-            error = np.tile(values.std(0, ddof=1), (2, 1))
+            error = np.tile(np.std([[f["value"] for f in row] for row in found], axis=0, ddof=1), (2, 1))
         else:
-            interval = [seeds[0][kind]["rows"][name]["metrics"]["NDCG@3"]["interval"] or [v, v] for name, v in zip(names, mean, strict=True)]
-            error = np.abs(np.array(interval).T - mean)
+            error = np.abs(np.array([f["interval"] or [f["value"]] * 2 for f in found[0]]).T - mean)
         y = np.arange(len(names))[::-1]
         axis.barh(y, mean, color=["0.9" if name in ("chance", "popularity", "oracle") else "0.6" for name in names], edgecolor="black")
         axis.errorbar(mean, y, xerr=error, fmt="none", color="black", capsize=3)

@@ -24,9 +24,13 @@ QWEN_PIXELS = {"shortest_edge": 32 * 32, "longest_edge": 80 * 80}  # a poster is
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Folder of a Posterland with 24 users; tests that write into a data folder copy it."""
+    """Folder of a Posterland with 24 users, some titles made longer, so that answers differ in tokens. Tests that write into a
+    data folder copy it."""
     folder = tmp_path_factory.mktemp("posterland")
     make_posterland(folder, users=24)
+    path = folder / "Posterland_titles.csv"
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([header, *(line + ("", " Again", " Returns Once More")[i % 3] for i, line in enumerate(lines))]) + "\n")
     return folder
 
 
@@ -83,3 +87,31 @@ def gallery(checkpoints, catalog):
     """Family -> image features of the first 30 rows."""
     return {family: encode_pictures(load_backbone(str(folder), "float32", "cpu"), catalog, range(30))
             for family, folder in checkpoints.items()}
+
+
+@pytest.fixture(scope="session")
+def launch(data, checkpoints, tmp_path_factory):
+    """launch(main, *flags) -> (output folder, log, run.json) of a training script on the tiny Qwen2.5-VL and Posterland."""
+    def start(main, *flags):
+        out = tmp_path_factory.mktemp("run") / "out"
+        main(["--model", str(checkpoints["qwen2_5_vl"]), "--data", str(data), "--out", str(out), *toy.SHORT, *map(str, flags)])
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return out, log, json.loads((out / "run.json").read_text())
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def sft(launch):
+    """Folder of an SFT adapter, trained for one epoch."""
+    import train_sft
+
+    return launch(train_sft.main, *toy.STEPS)[0]
+
+
+@pytest.fixture(scope="session")
+def full(launch, sft):
+    """(folder, log, run.json) of train_dpo with its defaults."""
+    import train_dpo
+
+    return launch(train_dpo.main, *toy.STEPS, "--sft", sft)

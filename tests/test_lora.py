@@ -227,7 +227,7 @@ def test_noise_equals_replaced_weights(qwen, pair, mode):
     assert all(torch.equal(a, b) for a, b in zip(toy.weights(layers), clean, strict=True))
     put(layers, [a + n for a, n in zip(clean, noise, strict=True)])
     replaced = pair()
-    torch.testing.assert_close(noisy, replaced.detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(noisy, replaced.detach(), atol=1e-6, rtol=5e-7)
     assert toy.apart(grad, toy.gradients(objective(replaced), layers)) < 1e-6
     put(layers, clean)
     plain = pair()
@@ -298,9 +298,9 @@ def test_noise_leaves_no_trace(qwen, pair):
         with pytest.raises(KeyError), lora_noise(qwen.model, 0.3):
             raise KeyError
         assert torch.equal(pair(), plain)
-        with lora_noise(qwen.model, 0.3), pytest.raises(RuntimeError, match="lora_noise inside lora_noise"):
-            with lora_noise(qwen.model, 0.1):
-                pass
+        nested = pytest.raises(RuntimeError, match="lora_noise inside lora_noise")
+        with lora_noise(qwen.model, 0.3), nested, lora_noise(qwen.model, 0.1):
+            pass
         assert torch.equal(pair(), plain) and all(layer.noise is None for layer in layers)
         for sigma, mode in [(-0.1, "absolute"), (0.1, "louder")]:
             with pytest.raises(ValueError, match="expected sigma >= 0 and mode absolute or relative"), lora_noise(qwen.model, sigma, mode=mode):
@@ -342,7 +342,7 @@ def test_noise_is_exact_under_checkpointing(qwen, pair, stack):
     assert len(calls) == 3  # forward, and once more in backward: checkpointing is really on
     assert again == loss
     assert toy.apart(checkpointed, grad) < 1e-6
-    assert not any(w.requires_grad for name, w in qwen.model.named_parameters() if "visual" in name)
+    assert not qwen.model.get_input_embeddings()(torch.tensor([1])).requires_grad  # the frozen input stays out of the graph
 
 
 @pytest.mark.equation("HN-9")
@@ -562,10 +562,10 @@ def test_collapse_and_merge_equal_the_stack(stack, catalog, gallery):
         export.collapse_adapters(backbone.model)
         layer = next(iter(lora_layers(backbone.model).values()))
         assert layer.r == 6 and layer.scale == 1 and isinstance(layer.base, torch.nn.Linear)
-        torch.testing.assert_close(toy.log_probs(backbone, [row], pictures), stacked, atol=1e-5, rtol=0)
+        torch.testing.assert_close(toy.log_probs(backbone, [row], pictures), stacked, atol=1e-5, rtol=5e-7)
         export.merge_adapters(backbone.model)
         assert not lora_layers(backbone.model)
-        torch.testing.assert_close(toy.log_probs(backbone, [row], pictures), stacked, atol=1e-5, rtol=0)
+        torch.testing.assert_close(toy.log_probs(backbone, [row], pictures), stacked, atol=1e-5, rtol=5e-7)
 
 
 def test_exported_folders_load_and_score_alike(stack, catalog, gallery, checkpoints, tmp_path):
@@ -583,12 +583,12 @@ def test_exported_folders_load_and_score_alike(stack, catalog, gallery, checkpoi
             other = load_backbone(str(checkpoints[backbone.family]), "float32", "cpu")
             attach_policy(other.model, tmp_path / name)
             assert not any(isinstance(layer.base, LoRALinear) for layer in lora_layers(other.model).values())
-            torch.testing.assert_close(toy.log_probs(other, [row], pictures), stacked, atol=1e-5, rtol=0)
+            torch.testing.assert_close(toy.log_probs(other, [row], pictures), stacked, atol=1e-5, rtol=5e-7)
         merged = load_backbone(str(tmp_path / "merged"), "float32", "cpu")
         assert merged.family == backbone.family and merged.template == backbone.template
         again = toy.ranking_row(merged, catalog, pictures)
         assert again.prompt == row.prompt and again.answers == row.answers
-        torch.testing.assert_close(toy.log_probs(merged, [again], pictures), stacked, atol=1e-5, rtol=0)
+        torch.testing.assert_close(toy.log_probs(merged, [again], pictures), stacked, atol=1e-5, rtol=5e-7)
     with pytest.raises(InputError, match="not an empty folder"):
         export.main([*common, "--adapter", str(policy), "--out", str(tmp_path / "one")])
 

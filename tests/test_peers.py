@@ -3,8 +3,8 @@
 import warnings
 
 import pytest
-import toy
 import torch
+import toy
 
 from hanorec import export
 from hanorec.backbone import load_backbone

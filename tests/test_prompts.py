@@ -1,6 +1,5 @@
 """Prompts: the chat template, untrusted titles, answers and labels, and that placeholders always equal features."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -46,7 +45,9 @@ def test_chat_template_is_used(backbone, catalog):
     assert decode(row.prompt, clean_up_tokenization_spaces=False) == decode(theirs, clean_up_tokenization_spaces=False)
     assert special_counts(backbone, row.prompt) == special_counts(backbone, theirs)
     before, after = turn(backbone)
-    assert row.prompt[: len(before)] == before == theirs[: len(before)] and row.prompt[-len(after) :] == after == theirs[-len(after) :]
+    assert row.prompt[: len(before)] == before and row.prompt[-len(after) :] == after
+    if backbone.family != "llava_next":  # its template has spaces around the text, which the tokenizer would join to it
+        assert row.prompt == theirs
     assert row.prompt[len(before) : -len(after)] == text_ids(backbone, "".join(parts))
 
 

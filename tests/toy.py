@@ -8,6 +8,10 @@ from hanorec.prompts import answer_ids, collate, encode_row, ranking_parts
 from hanorec.scoring import answer_log_probs, forward
 from hanorec.tasks import single_answer
 
+# Flags that keep a run of a script short: one token an image, short prompts, 24 rows; 3 steps of 8 = 2 x 4 rows.
+SHORT = ["--max-pixels", "1024", "--history", "2", "--negatives", "3", "--device", "cpu"]
+STEPS = ["--targets-per-user", "1", "--epochs", "1", "--micro-batch", "4", "--accumulation", "2", "--learning-rate", "1e-3"]
+
 
 def sharpen(folder):
     """Scale a checkpoint's weights. As initialised (0.02) attention is uniform and logits are flat: a wrong mask would not show."""

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hanorec.errors import run
-from hanorec.files import read_json, write_json
+from hanorec.files import write_json
 
 GENRES = {"space": ["Comet", "Orbit", "Nebula", "Rocket"], "crime": ["Alibi", "Heist", "Verdict", "Dagger"],
           "romance": ["Kiss", "Wedding", "Letter", "Rose"], "western": ["Saddle", "Canyon", "Sheriff", "Dust"],
@@ -121,13 +121,6 @@ def make_posterland(out: Path, users: int = 900, length: int = 7, seed: int = 20
     write_json(out / "truth.json", {"items": items, "tastes": tastes})
     write_json(out / "dataset.json", {"name": "Posterland", "source": "generated", "covers": "drawn", "seed": seed,
                                       "users": users, "items": len(items), "interactions": users * length})
-
-
-def oracle_scores(directory: Path, user: str, seen: set[int], candidates: list[int]) -> list[float]:
-    """The generating model's probability of each candidate row for that user."""
-    truth = read_json(Path(directory) / "truth.json")
-    p = next_probabilities(truth["items"], *truth["tastes"][user], seen)
-    return [float(p[c]) for c in candidates]
 
 
 def main() -> None:
