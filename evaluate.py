@@ -61,14 +61,14 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
     pictures, sets = {}, {}
     for kind in ("random", "hard") if config.sets == "both" else (config.sets,):
         path = Path(data.data) / f"candidates_{config.split}_{kind}.json"
-        facts = {"kind": kind, "split": config.split, "seed": config.seed, "negatives": data.negatives, "data_sha256": data_hash(catalog)}
+        facts = {"kind": kind, "neighbors": data.neighbors if kind == "hard" else None, "split": config.split, "seed": config.seed, "negatives": data.negatives, "data_sha256": data_hash(catalog)}
         if not path.exists() and kind == "random":
             save_candidates(path, draw_candidates(examples, catalog, data.negatives, config.seed), catalog, **facts)
         elif not path.exists():
             pictures = encode_pictures(backbone, catalog, range(len(catalog.ids)))
             near = neighbors(backbone, catalog, pictures, data.neighbors)[2].cpu().numpy()
             drawn = draw_hard_candidates(examples, catalog, near, data.negatives, config.seed)
-            save_candidates(path, drawn, catalog, **facts, neighbors=data.neighbors, embedding=f"input embeddings of {backbone.path}")
+            save_candidates(path, drawn, catalog, **facts, embedding=f"input embeddings of {backbone.path}")
         sets[kind] = load_candidates(path, examples, catalog, **facts)
     if config.user is not None:
         users = {config.user}

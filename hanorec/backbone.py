@@ -80,16 +80,23 @@ def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixe
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
     safe = {"trust_remote_code": False}
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: cannot be used ({_first_line(error)}); expected cpu, or cuda on a machine with a GPU") from None
     if (looks_local := Path(path).expanduser()).exists() and not (looks_local / "config.json").exists():
         raise InputError(f"{path}: no config.json in it, expected a checkpoint folder as save_pretrained writes it")
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True, **safe)
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **safe)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be loaded as an image-text model ({_first_line(error)}); expected a local folder or a "
                          f"hub name of one of {', '.join(FAMILIES)}, with safetensors weights") from None
     family = model.config.model_type
     if family not in FAMILIES:
         raise InputError(f"{path}: model type {family!r}, expected one of {', '.join(FAMILIES)}")
+    if missing := sorted(loading["missing_keys"]):  # Transformers would draw them at random and only warn
+        raise InputError(f"{path}: {len(missing)} weights are missing, e.g. {missing[0]}, expected a whole checkpoint; copy it again")
     try:
         if family == "llava_next":
             processor = AutoProcessor.from_pretrained(path, **safe)

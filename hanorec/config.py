@@ -149,6 +149,8 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None, about: str |
     parser = HfArgumentParser(types, description=about, allow_abbrev=False)
     if argv and argv[0].endswith(".json"):
         path, settings = Path(argv[0]), read_json(Path(argv[0]))
+        if isinstance(settings, dict) and isinstance(settings.get("settings"), dict):
+            settings = settings["settings"]  # the run.json of an earlier run: the same again
         known = {field.name for kind in types for field in dataclasses.fields(kind)}
         if not isinstance(settings, dict) or (unknown := sorted(settings.keys() - known)):
             what = f"unknown keys {', '.join(unknown)}" if isinstance(settings, dict) else "not an object"

@@ -128,7 +128,9 @@ class Batch:
 
 
 def collate(backbone: Backbone, rows: Sequence[Row], pictures: dict[int, Picture]) -> Batch:
-    """Pack and pad rows that have the same number of answers."""
+    """Pack and pad rows. ValueError where they do not all have the same number of answers."""
+    if len({len(row.answers) for row in rows}) != 1:
+        raise ValueError(f"rows with {[len(row.answers) for row in rows]} answers in one batch, expected equally many")
     count, pad = len(rows[0].answers), backbone.tokenizer.pad_token_id or 0
     lengths = [sum(map(len, row.answers)) for row in rows]
     width, keep = max(len(row.prompt) + n for row, n in zip(rows, lengths, strict=True)), max(lengths) + 1

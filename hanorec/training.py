@@ -54,8 +54,10 @@ def autocast(backbone: Backbone) -> AbstractContextManager:
 
 def use_checkpointing(backbone: Backbone) -> None:
     """Recompute each layer's activations in backward, without the reentrant variant, which would lose the noise of NoDO."""
-    backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
-    backbone.model.disable_input_require_grads()  # else the frozen embeddings would be given gradients
+    model = backbone.model
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its name before 5.23
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # else the frozen embeddings would be given gradients
 
 
 def print_budget(rows: Sequence[Row], micro_batch: int, backbone: Backbone) -> None:
@@ -96,4 +98,4 @@ def check_finite(loss: float, norm: float, step: int, users: Sequence[str]) -> N
     """Stop before a broken step reaches the weights: InputError names the step, the values and the users of the batch."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise InputError(f"step {step}: loss {loss}, gradient norm {norm}, expected finite numbers; users of the batch: "
-                         f"{', '.join(users)}; nothing was updated: lower --learning-rate or --sigma, or look at these users' items")
+                         f"{', '.join(users)}; nothing was updated: lower --learning-rate or --sigma, or look at these users' items and at the checkpoint's weights")

@@ -294,7 +294,6 @@ def test_broken_checkpoints_are_named(make, change, parts):
     assert all(part in str(caught.value) for part in [str(folder), *parts]), str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="Transformers draws missing weights at random and only warns; load_backbone does not check")
 def test_missing_weights_are_not_drawn_at_random(make):
     folder = broken(make, "qwen2_5_vl", reweigh(lambda weights: weights.pop(Q_PROJ)))
     with pytest.raises(InputError, match="q_proj"):
