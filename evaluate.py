@@ -20,20 +20,12 @@ import torch
 from tqdm import tqdm
 
 from hanorec.backbone import Backbone, load_backbone
+from hanorec.candidates import draw_candidates, draw_hard_candidates, load_candidates, save_candidates
 from hanorec.catalog import Catalog, load_catalog
 from hanorec.config import DataConfig, EvalConfig, ModelConfig, parse
 from hanorec.errors import InputError, run
 from hanorec.files import sha256, write_json
-from hanorec.interactions import (
-    Example,
-    draw_candidates,
-    draw_hard_candidates,
-    heldout_examples,
-    load_candidates,
-    load_interactions,
-    save_candidates,
-    select_users,
-)
+from hanorec.interactions import Example, heldout_examples, load_interactions, select_users
 from hanorec.items import encode_pictures, item_embeddings, neighbors
 from hanorec.lora import attach_policy, remove_adapters
 from hanorec.metrics import auc_rows, bootstrap_interval, ndcg_rows, paired_test, pooled_auc, rank_of_positive, similarity_groups

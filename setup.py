@@ -16,5 +16,6 @@ setup(
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "matplotlib>=3.8"],
         "plots": ["matplotlib>=3.8"],
+        "bench": ["matplotlib>=3.8", "gguf>=0.10", "accelerate>=1.0"],  # transformers reads GGUF through these two
     },
 )

@@ -104,7 +104,7 @@ class DpoConfig:
     trim: float | None = option(None, "document drops one reward at each end; a fraction here drops more")
     dataset: Literal["microlens", "netflix", "movielens"] = option("microlens", "document: its noise strength, 0.05, 0.1 or 0.1")
     sigma: float | None = option(None, "noise strength sigma_n, instead of the preset of --dataset")
-    noise: Literal["absolute", "relative"] = option("absolute", "document; relative (ours): times the RMS of the weights (HN-9)")
+    noise: Literal["absolute", "relative"] = option("absolute", "document; relative (ours): times the RMS of the weights, so the presets are weak there (HN-9)")
     normalised: bool = option(False, "ours: scale each pair's loss by beta0 / beta' (HN-11)")
     kl_coef: float = option(0.0, "ours: weight of the exact KL in the loss (HN-12)")
     log_kl: bool = option(False, "log the exact KL; costs one more forward")

@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="new folder")
     parser.add_argument("--merge", action="store_true", help="write a full model instead of an adapter")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"],
-                        help="of a merged model; each sum is computed in float32 and rounded once")
+                        help="of a merged model: choose the base's own; each sum is computed in float32")
     args = parser.parse_args(argv)
-    backbone = load_backbone(args.model, args.dtype, "cpu")
+    backbone = load_backbone(args.model, args.dtype, "cpu", max_pixels=10**9)  # no limit: it would be saved into the config
     if len(args.adapter) == 1:
         attach_policy(backbone.model, args.adapter[0])
     for directory in args.adapter if len(args.adapter) > 1 else []:

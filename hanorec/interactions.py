@@ -1,4 +1,4 @@
-r"""Who had what, in which order: histories, held-out items, and frozen candidate sets (1 positive + n negatives).
+r"""Who had what, in which order: histories and held-out items. Candidates are drawn in candidates.py.
 
 train.tsv, val.tsv and test.tsv hold one user a line, `user<TAB>id id id ...`, oldest first, without a header. A user's
 whole sequence is train + val + test. Two rules keep the future out:
@@ -7,18 +7,14 @@ whole sequence is train + val + test. Two rules keep the future out:
 - a negative is an item the user has not had: not in train (training), train + val (val), train + val + test (test).
 """
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hanorec.catalog import Catalog
 from hanorec.errors import InputError
-from hanorec.files import read_json, write_json
 from hanorec.lines import numbered_lines
 
 
@@ -147,165 +143,3 @@ def select_users(users: Iterable[str], start: float, stop: float, seed: int) -> 
     if not len(chosen):
         raise InputError(f"fraction [{start}, {stop}) of {len(ranked)} users is nobody; widen it")
     return [ranked[i] for i in chosen]
-
-
-def _generator(seed: int, example: Example, catalog: Catalog) -> np.random.Generator:
-    """A generator of the example's own, so that a subset of the users gets the same sets as all of them."""
-    key = json.dumps([seed, example.user, catalog.ids[example.target], len(example.seen)])
-    return np.random.default_rng(np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype=np.uint32))
-
-
-def _take(
-    rows: Iterable[int], taken: list[int], used: set[str], count: int, seen: frozenset[int], titles: Sequence[str]
-) -> None:
-    """Move unseen rows with new titles from `rows` to `taken` until it holds `count`.
-
-    `used` holds the titles so far: the answer is a title, so two items with one title could not be told apart.
-    """
-    for row in rows:
-        if len(taken) == count:
-            return
-        if row not in seen and titles[row] not in used:
-            taken.append(row)
-            used.add(titles[row])
-
-
-def _check_negatives(negatives: int) -> None:
-    if negatives < 1:
-        raise InputError(f"negatives is {negatives}; expected at least 1")
-
-
-def draw_candidates(
-    examples: Iterable[Example], catalog: Catalog, negatives: int = 9, seed: int = 2025
-) -> list[Example]:
-    """The examples with `candidates`: the target and `negatives` uniform unseen rows, all titles different, shuffled.
-
-    A set depends on (seed, user, target, number of seen items) and the catalogue alone: a subset of the examples gets
-    the same sets. InputError: too few unseen items.
-    """
-    _check_negatives(negatives)
-    result = []
-    for example in examples:
-        rng = _generator(seed, example, catalog)
-        taken: list[int] = []
-        used = {catalog.titles[example.target]}
-        # rejection first: it costs nothing in a large catalogue
-        draws = rng.integers(len(catalog.ids), size=4 * negatives + 16).tolist()
-        _take(draws, taken, used, negatives, example.seen, catalog.titles)
-        if len(taken) < negatives:  # a small pool: go on through all of it in random order, which is uniform too
-            pool = [row for row in range(len(catalog.ids)) if row not in example.seen]
-            _take(rng.permutation(pool).tolist(), taken, used, negatives, example.seen, catalog.titles)
-        if len(taken) < negatives:
-            raise InputError(
-                f"user {example.user!r}: {len(taken)} unseen items with titles of their own, "
-                f"{negatives} negatives wanted; use fewer negatives or add items to the titles file"
-            )
-        result.append(_shuffled(rng, example, taken))
-    return result
-
-
-def draw_hard_candidates(
-    examples: Iterable[Example], catalog: Catalog, neighbors: np.ndarray, negatives: int = 9, seed: int = 2025
-) -> list[Example]:
-    """As `draw_candidates`, with negatives drawn from the target's neighbourhood: the hard set.
-
-    They are drawn uniformly from the M nearest items rather than being the very nearest: of ten items that all lie next
-    to one of them, that one could be told by its place in the middle.
-    neighbors: (N, M) int, row i = the items nearest to i. InputError: too few of them are left.
-    """
-    _check_negatives(negatives)
-    neighbors = np.asarray(neighbors)
-    n = len(catalog.ids)
-    if neighbors.ndim != 2 or len(neighbors) != n or neighbors.dtype.kind not in "iu":
-        raise InputError(f"neighbors is {neighbors.dtype} {neighbors.shape}; expected integers of shape ({n}, M)")
-    if neighbors.size and (neighbors.min() < 0 or neighbors.max() >= n):
-        raise InputError(f"neighbors spans {neighbors.min()} .. {neighbors.max()}; expected rows 0 .. {n - 1}")
-    result = []
-    for example in examples:
-        rng = _generator(seed, example, catalog)
-        taken: list[int] = []
-        used = {catalog.titles[example.target]}
-        _take(rng.permutation(neighbors[example.target]).tolist(), taken, used, negatives, example.seen, catalog.titles)
-        if len(taken) < negatives:
-            raise InputError(
-                f"item {catalog.ids[example.target]!r}: {len(taken)} of {neighbors.shape[1]} neighbours are unseen by "
-                f"user {example.user!r} and have titles of their own, {negatives} negatives wanted; use a larger K"
-            )
-        result.append(_shuffled(rng, example, taken))
-    return result
-
-
-def _shuffled(rng: np.random.Generator, example: Example, taken: list[int]) -> Example:
-    return replace(example, candidates=tuple(rng.permutation([example.target, *taken]).tolist()))
-
-
-def _hash(rows: Any) -> str:
-    text = json.dumps(rows, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def save_candidates(path: Path, examples: Iterable[Example], catalog: Catalog, **facts: Any) -> str:
-    """Freeze the sets by item id, with the facts they were drawn under. Returns the SHA-256 of the rows."""
-    rows = []
-    for example in examples:
-        if not example.candidates:
-            raise InputError(f"{path}: user {example.user!r} has no candidates; draw them before saving")
-        ids = [catalog.ids[row] for row in example.candidates]
-        rows.append({"user": example.user, "target": catalog.ids[example.target], "candidates": ids})
-    digest = _hash(rows)
-    write_json(path, {"facts": facts, "sha256": digest, "rows": rows})
-    return digest
-
-
-def load_candidates(path: Path, examples: Sequence[Example], catalog: Catalog, **expected: Any) -> list[Example]:
-    """The examples with the frozen sets of `path`; every fact in `expected` must be the one that the file states.
-
-    InputError: the file was edited, or was drawn under other facts or for other examples, or a set cannot be scored.
-    """
-    again = "delete the file to draw again"
-    stored = read_json(path)
-    if not isinstance(stored, dict) or not {"facts", "sha256", "rows"} <= stored.keys():
-        raise InputError(f"{path}: not a candidate file; expected facts, sha256 and rows; {again}")
-    if _hash(stored["rows"]) != stored["sha256"]:
-        raise InputError(
-            f"{path}: the rows do not have the stated sha256 {stored['sha256']}: the file was edited; {again}"
-        )
-    for fact, value in json.loads(json.dumps(expected)).items():  # through JSON, which turns tuples into lists
-        found = stored["facts"].get(fact)
-        if found != value:
-            raise InputError(f"{path}: {fact} is {found!r} in the file, expected {value!r}; {again}")
-    if len(stored["rows"]) != len(examples):
-        raise InputError(f"{path}: {len(stored['rows'])} rows, expected {len(examples)}, one an example; {again}")
-    result = []
-    for number, (row, example) in enumerate(zip(stored["rows"], examples, strict=True), start=1):
-        try:
-            result.append(_checked(row, example, catalog))
-        except InputError as error:
-            raise InputError(f"{path}: row {number}: {error}; {again}") from None
-    return result
-
-
-def _checked(row: dict[str, Any], example: Example, catalog: Catalog) -> Example:
-    wanted = (example.user, catalog.ids[example.target])
-    if (row["user"], row["target"]) != wanted:
-        raise InputError(f"is for (user, target) {(row['user'], row['target'])}, expected {wanted}")
-    owner: dict[str, str] = {}  # title -> id
-    candidates = []
-    for item in row["candidates"]:
-        if item not in catalog.row:
-            raise InputError(f"candidate {item!r} is unknown; expected an id of the titles file")
-        candidate = catalog.row[item]
-        if candidate in candidates:
-            raise InputError(f"candidate {item!r} appears twice; expected each once")
-        title = catalog.titles[candidate]
-        if title in owner:
-            raise InputError(
-                f"candidates {owner[title]!r} and {item!r} have one title {title!r}; expected different ones"
-            )
-        if candidate in example.seen and candidate != example.target:
-            raise InputError(f"candidate {item!r} is one that user {example.user!r} has had; expected unseen negatives")
-        owner[title] = item
-        candidates.append(candidate)
-    if example.target not in candidates:
-        raise InputError(f"target {wanted[1]!r} is not among the candidates; expected it there")
-    return replace(example, candidates=tuple(candidates))

@@ -8,17 +8,11 @@ from tqdm import tqdm
 
 from hanorec import prompts
 from hanorec.backbone import Backbone, Picture
+from hanorec.candidates import draw_candidates, draw_hard_candidates
 from hanorec.catalog import Catalog, load_catalog
 from hanorec.config import DataConfig, TrainConfig
 from hanorec.errors import InputError
-from hanorec.interactions import (
-    Example,
-    draw_candidates,
-    draw_hard_candidates,
-    load_interactions,
-    select_users,
-    training_examples,
-)
+from hanorec.interactions import Example, load_interactions, select_users, training_examples
 from hanorec.items import encode_pictures, neighbors
 from hanorec.prompts import Row
 

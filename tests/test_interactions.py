@@ -8,20 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hanorec.candidates import draw_candidates, draw_hard_candidates, load_candidates, save_candidates
 from hanorec.catalog import Catalog
 from hanorec.errors import InputError
-from hanorec.interactions import (
-    Example,
-    Interactions,
-    draw_candidates,
-    draw_hard_candidates,
-    heldout_examples,
-    load_candidates,
-    load_interactions,
-    save_candidates,
-    select_users,
-    training_examples,
-)
+from hanorec.interactions import Example, Interactions, heldout_examples, load_interactions, select_users, training_examples
 
 
 def make_catalog(n, titles=None):

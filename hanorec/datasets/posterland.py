@@ -6,8 +6,8 @@ r"""Posterland: a generated catalogue whose truth is known, for teaching, the de
 in words of its own for each genre and style, but 30% of the titles are ambiguous: only the poster tells. On another 10% the
 poster is drowned in noise: only the title tells.
 
-A user has one favourite genre g and one favourite style s. Each next film is new to the user and, with probability 0.6, from the
-cell (g, s), 0.2 of genre g in another style, 0.2 of style s in another genre; within that, by popularity. So neither genre nor
+A user has one favourite genre g and one favourite style s. Each next film is new to the user and, with probability 0.7, from the
+cell (g, s), 0.15 of genre g in another style, 0.15 of style s in another genre; within that, by popularity. So neither genre nor
 style alone, and neither titles nor posters alone, suffice. `truth.json` holds what was drawn, for the oracle row of the demo.
 """
 
@@ -91,7 +91,7 @@ def next_probabilities(items: list[dict], genre: int, style: int, seen: set[int]
     match = np.array([[i["genre"] == genre, i["style"] == style] for i in items])
     popularity = np.array([i["popularity"] for i in items])
     popularity[list(seen)] = 0
-    for share, group in [(0.6, match.all(1)), (0.2, match[:, 0] & ~match[:, 1]), (0.2, match[:, 1] & ~match[:, 0])]:
+    for share, group in [(0.7, match.all(1)), (0.15, match[:, 0] & ~match[:, 1]), (0.15, match[:, 1] & ~match[:, 0])]:
         weight = popularity * group
         if weight.sum() > 0:  # a cell can be used up
             p += share * weight / weight.sum()
