@@ -2,13 +2,13 @@
 
     python -m hanorec.demo --out DIR [--seeds N]
 
-For each seed: make the data, fine-tune (SFT) on one half of the users, then train on the other half, which SFT did not see: DPO,
-HaNoRec as documented, its ablations, HaNoRec with standardised lambda and relative noise, and SFT continued, which shows what the
-additional users are worth without any preference pair. All are evaluated on the same candidates, beside chance, popularity, the
+For each seed: make the data, fine-tune (SFT) on one half of the users, then train on others, which SFT did not see: DPO, HaNoRec
+as documented, its ablations, HaNoRec with standardised lambda and relative noise, and SFT continued, which shows what the added
+users are worth without any preference pair. All are evaluated on the same candidates, beside chance, popularity, the
 bare base model, SFT with the posters shuffled, and the oracle (the probabilities that generated the data).
 
 DIR receives results.json, table.md, plots, and DIR/seed-N with the data and every run. The settings that differ from the published
-ones are in SFT and DPO below: the model is a thousand times smaller, so it needs larger steps.
+ones are in COMMON, SFT and DPO below: the model is a thousand times smaller, so it needs larger steps.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from hanorec.interactions import Example, load_interactions
 from hanorec.training import claim_folder
 
 BASE = Path(__file__).parent / "assets" / "posterland-base"
-USERS = 900
-COMMON = ["--micro-batch", "16", "--accumulation", "2", "--lora-dropout", "0"]
-SFT = [*COMMON, "--learning-rate", "2e-3", "--epochs", "3", "--users-to", "0.5"]
-DPO = [*COMMON, "--learning-rate", "5e-4", "--epochs", "1", "--users-from", "0.5", "--targets-per-user", "1"]
-TEST = ["--users-to", "0.3333", "--batch", "16"]
+USERS = 2700
+COMMON = ["--micro-batch", "16", "--accumulation", "2", "--lora-rank", "16", "--lora-dropout", "0", "--epochs", "1"]
+SFT = [*COMMON, "--learning-rate", "4e-3", "--users-to", "0.5"]  # 1,350 users, 3 targets each
+DPO = [*COMMON, "--learning-rate", "5e-4", "--users-from", "0.5", "--users-to", "0.667", "--targets-per-user", "1"]  # 451 others
+TEST = ["--users-to", "0.1111", "--batch", "16"]  # 300 users
 STAGES = {  # name -> (script, flags); all start from the SFT adapter and see the same users
     "HaNoRec": ("train_dpo", ["--ablation", "full"]),
     "w/o HaRS": ("train_dpo", ["--ablation", "no_hars"]),

@@ -5,12 +5,13 @@
 A real MLLM comes with two skills that recommending needs: it names what a picture shows, and it finds in a list what a question
 asks for. Random weights have neither, and LoRA on frozen random weights learns neither. So this command trains all weights, on
 catalogues other than the demo's, and never on a user:
-    name   a list of ten films; "Film 4 is" -> its genre and style
-    find   the same list; "The space quiet film is" -> its title
+    name   a list of films; "Film 4 is" -> its genre and style (the first lesson, forgotten in the end)
+    find   such a list; "The space quiet film is" -> its title
     like   a few films of one genre and style, then ten candidates -> the title of the one that goes with them
 """
 
 import argparse
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -35,10 +36,10 @@ LIST = "Here is a list of films:\n"
 class Pool:
     """One generated catalogue: its items' cells, and the pixels of its posters, preprocessed once."""
 
-    def __init__(self, backbone: Backbone, seed: int) -> None:
-        self.items = posterland.make_items(seed)
+    def __init__(self, backbone: Backbone, seed: int, ambiguous: float = posterland.AMBIGUOUS) -> None:
+        self.items = posterland.make_items(seed, ambiguous)
         with tempfile.TemporaryDirectory() as folder:
-            posterland.make_posterland(Path(folder), users=0, seed=seed)
+            posterland.make_posterland(Path(folder), users=0, seed=seed, ambiguous=ambiguous)
             self.catalog: Catalog = load_catalog(folder)
             images = [read_image(path) for path in self.catalog.images]
         inputs = backbone.image_processor(images=images, return_tensors="pt")
@@ -120,20 +121,29 @@ STAGES = [
 ]
 
 
-def pretrain(out: Path, minutes: float = 35, width: int = 128, layers: int = 5, lr: float = 2e-3, seed: int = 0) -> None:
-    """Train for `minutes` by the clock, so that the cost is known and the number of steps is not; save in bfloat16 (half the size)."""
-    texts = [f"{word} {word}" for word in posterland.words()] + 200 * [TOGETHER, WHICH_GOES, LIST, "Film is The film is"]
-    make_checkpoint("qwen2_5_vl", out, texts, width, layers, seed, context=1024, vision_width=64, vocabulary=640)
+def pretrain(out: Path, minutes: float = 35, start_from: Path | None = None, lr: float = 2e-3, seed: int = 0) -> None:
+    """Train for `minutes` by the clock, so that the cost is known and the number of steps is not; save in bfloat16 (half the size).
+
+    start_from: go on from that checkpoint with the last stage alone, on catalogues where 70% of the titles are ambiguous: as long as
+    most titles tell, there is little to gain from looking at a poster.
+    """
+    if start_from is None:
+        texts = [f"{word} {word}" for word in posterland.words()] + 200 * [TOGETHER, WHICH_GOES, LIST, "Film is The film is"]
+        make_checkpoint("qwen2_5_vl", out, texts, width=128, layers=5, seed=seed, context=1024, vision_width=64, vocabulary=640)
+    else:
+        shutil.copytree(start_from, out)
+    ambiguous = posterland.AMBIGUOUS if start_from is None else 0.7
+    stages = STAGES if start_from is None else STAGES[-1:]
     backbone = load_backbone(str(out), dtype="float32", device="cpu")
     print(f"{sum(p.numel() for p in backbone.model.parameters()):,} parameters")
     backbone.model.requires_grad_(True).train()
-    pools = [Pool(backbone, 100 + k) for k in range(6)]
-    check, rng = Pool(backbone, 99), np.random.default_rng(seed)
+    pools = [Pool(backbone, 100 + k, ambiguous) for k in range(6)]
+    check, rng = Pool(backbone, 99, ambiguous), np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(backbone.model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     start, step = time.time(), 0
     while (share := (time.time() - start) / (60 * minutes)) < 1:
         step += 1
-        stage, pool = next(tasks for until, tasks in STAGES if share < until), pools[step % len(pools)]
+        stage, pool = next(tasks for until, tasks in stages if share < until), pools[step % len(pools)]
         optimizer.param_groups[0]["lr"] = lr * min(1, step / 100) * min(1, 1.5 * (1 - share) + 0.01)  # warm up, hold, run out
         optimizer.zero_grad()
         for make, size, rows in stage:
@@ -156,8 +166,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=35)
+    parser.add_argument("--start-from", type=Path, help="go on from this checkpoint, with mostly ambiguous titles")
     args = parser.parse_args()
-    pretrain(args.out, args.minutes)
+    pretrain(args.out, args.minutes, args.start_from)
 
 
 if __name__ == "__main__":

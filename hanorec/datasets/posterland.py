@@ -68,15 +68,15 @@ def draw_poster(genre: int, style: int, noise: float, rng: np.random.Generator) 
     return Image.fromarray((pixels * (1 - noise) + grain * noise).astype(np.uint8))
 
 
-def make_items(seed: int) -> list[dict]:
-    """294 items: {"id", "title", "genre", "style", "ambiguous", "noise", "popularity"}; titles are all different."""
+def make_items(seed: int, ambiguous: float = AMBIGUOUS) -> list[dict]:
+    """294 items, a share `ambiguous` with ambiguous titles: {"id", "title", "genre", "style", "ambiguous", "noise", "popularity"}; titles are all different."""
     rng = np.random.default_rng([seed, 1])
     items, taken = [], set()
     for genre, genre_words in enumerate(GENRES.values()):
         for style, style_words in enumerate(STYLES.values()):
             for _ in range(PER_CELL):
-                kind = rng.choice(3, p=[AMBIGUOUS, NOISY, 1 - AMBIGUOUS - NOISY])
-                first, second = NEUTRAL if kind == 0 else (style_words, genre_words)
+                kind = rng.choice(3, p=[ambiguous, NOISY, 1 - ambiguous - NOISY])
+                first, second = NEUTRAL[:: rng.choice([1, -1])] if kind == 0 else (style_words, genre_words)
                 while (title := f"{rng.choice(first)} {rng.choice(second)}") in taken:
                     pass
                 taken.add(title)
@@ -98,9 +98,9 @@ def next_probabilities(items: list[dict], genre: int, style: int, seen: set[int]
     return p / p.sum()
 
 
-def make_posterland(out: Path, users: int = 900, length: int = 7, seed: int = 2025) -> None:
+def make_posterland(out: Path, users: int = 900, length: int = 7, seed: int = 2025, ambiguous: float = AMBIGUOUS) -> None:
     """Write the data set in the native layout, with dataset.json and truth.json."""
-    out, items = Path(out), make_items(seed)
+    out, items = Path(out), make_items(seed, ambiguous)
     rng = np.random.default_rng([seed, 2])
     (out / "images").mkdir(parents=True, exist_ok=True)
     for item in items:
