@@ -24,15 +24,15 @@ from hanorec.candidates import draw_candidates, draw_hard_candidates, load_candi
 from hanorec.catalog import Catalog, load_catalog
 from hanorec.config import DataConfig, EvalConfig, ModelConfig, parse
 from hanorec.errors import InputError, run
-from hanorec.files import sha256, write_json
+from hanorec.files import claim_folder, sha256, write_json
 from hanorec.interactions import Example, heldout_examples, load_interactions, select_users
 from hanorec.items import encode_pictures, item_embeddings, neighbors
 from hanorec.lora import attach_policy, remove_adapters
 from hanorec.metrics import auc_rows, bootstrap_interval, ndcg_rows, paired_test, pooled_auc, rank_of_positive, similarity_groups
-from hanorec.prompts import collate
+from hanorec.prompts import Row, collate
 from hanorec.scoring import answer_log_probs, forward
-from hanorec.tasks import Source, scoring_rows, used_rows
-from hanorec.training import autocast, chunks, claim_folder, print_budget, write_run
+from hanorec.tasks import Source, print_missing_images, scoring_rows, used_rows
+from hanorec.training import autocast, chunks, compare_settings, print_budget, prompt_settings, write_run
 
 AT = 3  # the document's cut-off
 
@@ -67,8 +67,14 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
         if config.user not in {e.user for e in examples}:
             raise InputError(f"--user {config.user!r}: not in {config.split}.tsv of {data.data}; expected one of its {len(examples)} users")
     else:
-        users = set(select_users([e.user for e in examples], data.users_from, data.users_to, config.seed))
+        users = set(select_users(interactions.train, data.users_from, data.users_to, data.users_seed))
     sets = {kind: [e for e in drawn if e.user in users] for kind, drawn in sets.items()}
+    chosen = next(iter(sets.values()))
+    if not chosen:
+        raise InputError(f"{data.data}: none of the {len(users)} users chosen is in {config.split}.tsv, expected some; widen --users-from, --users-to")
+    if repeats := sum(e.target in interactions.before(e.user, config.split) for e in chosen):
+        print(f"note: {repeats} of {len(chosen)} targets are items that their user had before; copying from the history finds them")
+    print_missing_images(catalog)
     needed = set().union(*(used_rows(drawn) for drawn in sets.values()))
     if config.images == "shuffled":  # a cycle through all owners of an image, so that nobody keeps its own
         owners = np.random.default_rng(config.seed).permutation([row for row, path in enumerate(catalog.images) if path is not None])
@@ -82,9 +88,8 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
 
 
 @torch.no_grad()
-def score(source: Source, examples: list[Example], batch: int) -> dict[str, np.ndarray]:
-    """EV-1 for every candidate of every user: {"sum": (U, C), "mean": (U, C)}; binary: log P(Yes) - log P(No)."""
-    rows = scoring_rows(source, examples)
+def score(source: Source, rows: list[Row], users: int, batch: int) -> dict[str, np.ndarray]:
+    """EV-1 for every candidate of every user: {"sum": (U, C), "mean": (U, C)}; binary: log P(Yes) - log P(No). rows: `scoring_rows`."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))  # like lengths together: less padding
     per_row = {"sum": {}, "mean": {}}
     for part in tqdm(list(chunks(order, batch)), desc="users", disable=None, leave=False):
@@ -95,7 +100,7 @@ def score(source: Source, examples: list[Example], batch: int) -> dict[str, np.n
             log_probs = answer_log_probs(logits, micro, mean=kind == "mean")  # (B, A)
             values = log_probs if source.config.task == "ranking" else log_probs[:, 0] - log_probs[:, 1]
             found.update(zip(part, values.double().cpu().numpy(), strict=True))
-    return {kind: np.stack([found[i] for i in range(len(rows))]).reshape(len(examples), -1) for kind, found in per_row.items()}
+    return {kind: np.stack([found[i] for i in range(len(rows))]).reshape(users, -1) for kind, found in per_row.items()}
 
 
 def summarise(scores: np.ndarray, examples: list[Example], seed: int) -> dict[str, Any]:
@@ -146,7 +151,7 @@ def recommend(source: Source, examples: list[Example], policies: Sequence[str], 
         print(f"user {config.user}, history: " + " | ".join(source.catalog.titles[row] for row in example.history))
         for policy in policies:
             use_policy(source.backbone, policy)
-            scores = score(source, [example], config.batch)["sum"][0]
+            scores = score(source, scoring_rows(source, [example]), 1, config.batch)["sum"][0]
             best = np.argsort(-scores, kind="stable")[: config.top_k]
             rows = [{"id": source.catalog.ids[example.candidates[c]], "title": source.catalog.titles[example.candidates[c]],
                      "score": float(scores[c]), "chosen": example.candidates[c] == example.target} for c in best]
@@ -193,13 +198,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(out / "recommendations.json", recommend(source, sets["random"], policies, config))
         write_run(out, [model_config, data, config])
         return
-    print_budget(scoring_rows(source, next(iter(sets.values()))[:32]), config.batch, backbone)
+    if config.similarity and sum(path is not None for path in source.catalog.images) < 10:
+        raise InputError(f"--similarity: {data.data} has fewer than 10 images, expected at least one for each of the ten groups")
+    rows = {kind: scoring_rows(source, examples) for kind, examples in sets.items()}
+    print_budget([row for part in rows.values() for row in part], config.batch, backbone)
     report: dict[str, Any] = {"settings": asdict(data) | asdict(config), "sets": {}}
     scores = {}
     for policy in policies:
         use_policy(backbone, policy)
+        compare_settings(policy, prompt_settings(model_config, data))
         for kind, examples in sets.items():
-            scores[policy, kind] = score(source, examples, config.batch)
+            scores[policy, kind] = score(source, rows[kind], len(examples), config.batch)
     for kind, examples in sets.items():
         results = {p: summarise(scores[p, kind]["sum"], examples, config.seed) for p in policies}
         means = {p: summarise(scores[p, kind]["mean"], examples, config.seed) for p in policies}

@@ -5,14 +5,14 @@ from setuptools import find_packages, setup
 setup(
     name="hanorec",
     version="0.1.0",
-    description="HaNoRec and BR-MRS, two multimodal recommendation methods, from scratch in PyTorch",
+    description="HaNoRec, a multimodal recommendation method, from scratch in PyTorch",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hanorec", "hanorec.*"]),
     package_data={"hanorec": ["assets/posterland-base/*"]},
     python_requires=">=3.11",
-    install_requires=["torch>=2.6", "transformers>=5.0", "safetensors>=0.4", "pillow>=10", "numpy>=1.26", "tqdm>=4.60"],
+    install_requires=["torch>=2.6", "transformers>=5.6", "safetensors>=0.4", "pillow>=10", "numpy>=1.26", "tqdm>=4.60"],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "matplotlib>=3.8"],
         "plots": ["matplotlib>=3.8"],

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from hanorec.backbone import load_backbone
 from hanorec.config import DataConfig, DpoConfig, ModelConfig, TrainConfig, parse
 from hanorec.errors import run
+from hanorec.files import claim_folder
 from hanorec.hars import RunningReward, cluster_gap, hardness, pair_beta, responsiveness, reward_gap
 from hanorec.items import neighbors
 from hanorec.lora import adapters_off, add_lora, attach_policy, lora_noise, save_policy
@@ -26,10 +27,11 @@ from hanorec.training import (
     autocast,
     check_finite,
     chunks,
-    claim_folder,
+    compare_settings,
     cosine,
     global_batches,
     print_budget,
+    prompt_settings,
     use_checkpointing,
     write_run,
 )
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if train.sft is not None:
         attach_policy(policy, train.sft)
+        compare_settings(train.sft, prompt_settings(model_config, data))
     layers = add_lora(policy, train.lora_rank, train.lora_alpha, train.lora_dropout)
     if train.checkpointing:
         use_checkpointing(backbone)
@@ -123,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "lambda_max": lam[batch].max().item(), "eta": eta.item(), "beta": beta.mean().item(), "beta_min": beta.min().item(),
             "beta_max": beta.max().item(), "kl": sum(kls) if kls else None, "gradient_norm": norm, "learning_rate": rate})
 
-    save_policy(policy, out, model_config.model, train.sft, stage="dpo", task=data.task, ablation=dpo.ablation)
+    save_policy(policy, out, model_config.model, train.sft, stage="dpo", prompt=prompt_settings(model_config, data), ablation=dpo.ablation)
     print(f"wrote the adapter to {out}; last loss {losses:.4f}")
 
 

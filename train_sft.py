@@ -13,6 +13,7 @@ from tqdm import tqdm
 from hanorec.backbone import load_backbone
 from hanorec.config import DataConfig, ModelConfig, TrainConfig, parse
 from hanorec.errors import run
+from hanorec.files import claim_folder
 from hanorec.lora import add_lora, attach_policy, save_policy
 from hanorec.losses import sft_loss
 from hanorec.prompts import collate
@@ -23,10 +24,11 @@ from hanorec.training import (
     autocast,
     check_finite,
     chunks,
-    claim_folder,
+    compare_settings,
     cosine,
     global_batches,
     print_budget,
+    prompt_settings,
     use_checkpointing,
     write_run,
 )
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     policy = backbone.model
     if config.sft is not None:
         attach_policy(policy, config.sft)
+        compare_settings(config.sft, prompt_settings(model_config, data))
     layers = add_lora(policy, config.lora_rank, config.lora_alpha, config.lora_dropout)
     if config.checkpointing:
         use_checkpointing(backbone)
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.zero_grad()
         append_log(out / "log.jsonl", {"step": step, "epoch": epoch, "loss": total, "gradient_norm": norm, "learning_rate": rate})
 
-    save_policy(policy, out, model_config.model, config.sft, stage="sft", task=data.task)
+    save_policy(policy, out, model_config.model, config.sft, stage="sft", prompt=prompt_settings(model_config, data))
     print(f"wrote the adapter to {out}; last loss {total:.4f}")
 
 

@@ -26,6 +26,9 @@ def option(default: Any = MISSING, help: str = "", **argparse_options: Any) -> A
     return dataclasses.field(default=default, metadata=metadata)
 
 
+TINY = 1e-9  # least value of what must be above 0
+
+
 def check(config: Any, **least: float) -> None:
     """InputError where a setting is below its least value."""
     for name, bound in least.items():
@@ -49,16 +52,17 @@ class DataConfig:
     """Which data, and how a prompt is built from it."""
 
     data: str = option(help="folder in the native layout; `python -m hanorec.datasets.<source> RAW OUT` writes one")
-    task: Literal["ranking", "binary"] = option("ranking", "document: rank candidates, or answer Yes / No on one item")
-    history: int = option(5, "document: how many past items the prompt shows")
+    task: Literal["ranking", "binary"] = option("ranking", "document: rank the candidates; binary (authors' release): answer Yes or No on one item")
+    history: int = option(5, "authors' release: how many past items the prompt shows")
     negatives: int = option(9, "document: 1 + 9 candidates")
     candidate_images: Literal["on", "off"] = option("on", "document: images of the candidates; off spares their tokens")
     neighbors: int = option(50, "ours: hard negatives are drawn from so many nearest items of the positive")
-    users_from: float = option(0.0, "ours: use the users from this fraction of a seeded permutation ...")
+    users_from: float = option(0.0, "ours: use the users from this fraction of a permutation of those in train.tsv ...")
     users_to: float = option(1.0, "ours: ... up to this one, so that stages can have users of their own")
+    users_seed: int = option(2025, "ours: seed of that permutation, apart from --seed so that all runs mean the same people")
 
     def __post_init__(self) -> None:
-        check(self, history=1, negatives=1, neighbors=1)
+        check(self, history=1, negatives=1, neighbors=1, users_seed=0)
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,13 @@ class TrainConfig:
     checkpointing: bool = option(False, "ours: recompute activations in backward, to spare memory")
 
     def __post_init__(self) -> None:
-        check(self, targets_per_user=0, lora_rank=1, lora_alpha=0, lora_dropout=0, learning_rate=0, epochs=1, micro_batch=1,
-              accumulation=1, clip=0, seed=0)
+        check(self, targets_per_user=0, lora_rank=1, lora_alpha=TINY, lora_dropout=0, learning_rate=TINY, epochs=1, micro_batch=1,
+              accumulation=1, clip=TINY, seed=0)
         if self.lora_dropout >= 1:
             raise InputError(f"--lora-dropout {self.lora_dropout}: expected less than 1")
 
 
-PRESETS = {"microlens": 0.05, "netflix": 0.1, "movielens": 0.1}  # sigma_n, document
+PRESETS = {"microlens": 0.05, "netflix": 0.1, "movielens": 0.1}  # sigma_n: the document says 0.05 to 0.1
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,8 @@ class DpoConfig:
     gap: Literal["union", "ranked"] = option("union", "document's claim needs union; ranked is the authors' release (HN-4)")
     hardness: Literal["sigmoid", "ratio", "standardised"] = option("sigmoid", "document; ratio: authors' release; standardised: ours (HN-5)")
     eta: Literal["batch", "ema"] = option("batch", "document; ema (ours) normalises by running statistics (HN-7)")
-    trim: float | None = option(None, "document drops one reward at each end; a fraction here drops more")
-    dataset: Literal["microlens", "netflix", "movielens"] = option("microlens", "document: its noise strength, 0.05, 0.1 or 0.1")
+    trim: float | None = option(None, "document: filter extremes; none drops one reward at each end, a fraction more (HN-7)")
+    dataset: Literal["microlens", "netflix", "movielens"] = option("microlens", "its noise strength, 0.05, 0.1 or 0.1 (authors' release, within the document's 0.05 to 0.1)")
     sigma: float | None = option(None, "noise strength sigma_n, instead of the preset of --dataset")
     noise: Literal["absolute", "relative"] = option("absolute", "document; relative (ours): times the RMS of the weights, so the presets are weak there (HN-9)")
     normalised: bool = option(False, "ours: scale each pair's loss by beta0 / beta' (HN-11)")
@@ -110,7 +114,7 @@ class DpoConfig:
     log_kl: bool = option(False, "log the exact KL; costs one more forward")
 
     def __post_init__(self) -> None:
-        check(self, beta0=1e-6, k=1, sigma=0, kl_coef=0, trim=0)
+        check(self, beta0=TINY, k=1, sigma=0, kl_coef=0, trim=TINY)
 
     @property
     def hars(self) -> bool:

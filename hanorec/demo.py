@@ -24,16 +24,15 @@ import torch
 from hanorec.catalog import load_catalog
 from hanorec.datasets import posterland
 from hanorec.errors import InputError, run
-from hanorec.files import read_json, write_json, write_text
+from hanorec.files import claim_folder, read_json, write_json, write_text
 from hanorec.interactions import Example, load_interactions
-from hanorec.training import claim_folder
 
 BASE = Path(__file__).parent / "assets" / "posterland-base"
 USERS = 2700
 COMMON = ["--micro-batch", "16", "--accumulation", "2", "--lora-rank", "16", "--lora-dropout", "0", "--epochs", "1"]
 SFT = [*COMMON, "--learning-rate", "4e-3", "--users-to", "0.5"]  # 1,350 users, 3 targets each
 DPO = [*COMMON, "--learning-rate", "5e-4", "--users-from", "0.5", "--users-to", "0.667", "--targets-per-user", "1"]  # 451 others
-TEST = ["--users-to", "0.1111", "--batch", "16"]  # 300 users
+TEST = ["--users-from", "0.667", "--users-to", "0.778", "--batch", "16"]  # 300 users whom no stage saw
 STAGES = {  # name -> (script, flags); all start from the SFT adapter and see the same users
     "HaNoRec": ("train_dpo", ["--ablation", "full"]),
     "w/o HaRS": ("train_dpo", ["--ablation", "no_hars"]),
@@ -60,12 +59,16 @@ def script(name: str) -> Any:
 
 
 def run_stages(out: Path, model: Path, data: Path, seed: int, sft: list[str], dpo: list[str], test: list[str], noise: str) -> None:
-    """Train every stage and evaluate them all on the same candidates: out/SFT, out/HaNoRec ..., out/test, out/test-shuffled."""
-    common = ["--model", str(model), "--data", str(data), "--seed", str(seed)]
-    script("train_sft").main([*common, *sft, "--out", str(out / "SFT")])
+    """Train every stage and evaluate them all on the same candidates: out/SFT, out/HaNoRec ..., out/test, out/test-shuffled.
+
+    The seed is of training alone; users and candidates are the data's own.
+    """
+    common = ["--model", str(model), "--data", str(data)]
+    training = [*common, "--seed", str(seed)]
+    script("train_sft").main([*training, *sft, "--out", str(out / "SFT")])
     for name, (command, flags) in STAGES.items():
         preset = ["--dataset", noise] if command == "train_dpo" else []
-        script(command).main([*common, *dpo, *flags, *preset, "--sft", str(out / "SFT"), "--out", folder(out, name)])
+        script(command).main([*training, *dpo, *flags, *preset, "--sft", str(out / "SFT"), "--out", folder(out, name)])
     policies = [folder(out, name) for name in [*STAGES, "SFT"]] + ["base"]
     script("evaluate").main([*common, *test, *(flag for p in policies for flag in ("--adapter", p)), "--out", str(out / "test")])
     script("evaluate").main([*common, *test, "--adapter", str(out / "SFT"), "--images", "shuffled", "--out", str(out / "test-shuffled")])

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoProcessor
 
 from hanorec.backbone import Backbone, load_backbone
 from hanorec.errors import run
+from hanorec.files import claim_folder
 from hanorec.lora import LoRALinear, attach_adapter, attach_policy, lora_layers, replace_module, save_adapter
-from hanorec.training import claim_folder
+from hanorec.training import write_run
 
 
 @torch.no_grad()
@@ -50,8 +52,20 @@ def copy_other_files(source: Path, backbone: Backbone, out: Path) -> None:
                     and not path.name.endswith(".index.json"):
                 shutil.copy2(path, out / path.name)
         return
-    backbone.tokenizer.save_pretrained(out)
-    backbone.image_processor.save_pretrained(out)
+    if backbone.family == "llava_next":  # the template and the number of tokens per image live in its processor
+        AutoProcessor.from_pretrained(backbone.path, trust_remote_code=False).save_pretrained(out)
+    else:
+        backbone.tokenizer.save_pretrained(out)
+        backbone.image_processor.save_pretrained(out)
+
+
+def checkpoint_dtype(path: str) -> str:
+    """What the checkpoint's weights are stored in: bfloat16, or float32 for that and all else."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return "float32"  # load_backbone says what is wrong with it
+    return "bfloat16" if config.dtype == torch.bfloat16 else "float32"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter", required=True, action="append", help="one: with what it stands on; several: the stack, bottom first")
     parser.add_argument("--out", required=True, help="new folder")
     parser.add_argument("--merge", action="store_true", help="write a full model instead of an adapter")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"],
-                        help="of a merged model: choose the base's own; each sum is computed in float32")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                        help="of a merged model; auto: as the checkpoint says; each sum is computed in float32")
     args = parser.parse_args(argv)
-    backbone = load_backbone(args.model, args.dtype, "cpu", max_pixels=10**9)  # no limit: it would be saved into the config
+    dtype = args.dtype if args.dtype != "auto" else checkpoint_dtype(args.model)
+    backbone = load_backbone(args.model, dtype, "cpu", max_pixels=10**9)  # no limit: it would be saved into the config
     if len(args.adapter) == 1:
         attach_policy(backbone.model, args.adapter[0])
     for directory in args.adapter if len(args.adapter) > 1 else []:
@@ -76,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         collapse_adapters(backbone.model)
         save_adapter(backbone.model, out, args.model, stage="export", stack=args.adapter)
+    write_run(out, [], arguments=vars(args))
     print(f"wrote {'the merged model' if args.merge else 'one adapter'} to {out}")
 
 

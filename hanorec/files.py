@@ -37,6 +37,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def claim_folder(out: str | Path) -> Path:
+    """The output folder, made if need be. InputError where it holds files: a run never overwrites another."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty folder, expected a new one; choose another --out or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
 def read_json(path: Path) -> Any:
     """The JSON value in `path`. InputError where the file is missing or is not JSON."""
     path = Path(path)
@@ -46,6 +55,14 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: no such file; check the path") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not readable as UTF-8 JSON ({error}); mend or remake the file") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """`read_json` of a file that must hold a JSON object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, expected an object {{...}}; mend or remake the file")
+    return value
 
 
 def sha256(path: Path) -> str:

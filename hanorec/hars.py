@@ -35,12 +35,13 @@ def fuse(H: Tensor, X: Tensor, has_image: Tensor | None = None) -> Tensor:
     """
     has_image = torch.ones(len(H), dtype=torch.bool, device=H.device) if has_image is None else has_image
     both = F.normalize(H, dim=1) + torch.where(has_image[:, None], F.normalize(X, dim=1), 0)  # (N, d)
-    length = both.norm(dim=1)
-    bad = ~((length > 1e-4) & length.isfinite())  # opposite H and X leave nothing but rounding
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise InputError(f"item row {row}: the sum of its embeddings has length {length[row].item()}, expected more than 1e-4; "
-                         "they are zero, opposite or not finite: mend the title or the image of that item")
+    lengths = torch.stack([H.norm(dim=1), torch.where(has_image, X.norm(dim=1), 1), both.norm(dim=1)], 1)  # (N, 3)
+    good = (lengths > lengths.new_tensor([0, 0, 1e-4])) & lengths.isfinite()  # opposite H and X leave nothing but rounding
+    if not good.all():
+        row = int((~good.all(1)).nonzero()[0])
+        text, image, total = lengths[row].tolist()
+        raise InputError(f"item row {row}: its text and image embeddings have lengths {text:.3g} and {image:.3g}, the sum of their "
+                         f"directions {total:.3g}, expected all above 0; zero, opposite or not finite: mend the title or the image of that item")
     # HN-2: e_i = \operatorname{norm}(\operatorname{norm}(H_i) + \operatorname{norm}(X_i))
     return F.normalize(both, dim=1)
 

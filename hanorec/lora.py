@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hanorec.errors import InputError
-from hanorec.files import read_json, sha256, write_bytes, write_json
+from hanorec.files import read_object, sha256, write_bytes, write_json
 
 
 class LoRALinear(nn.Module):
@@ -231,7 +231,7 @@ def _common_prefix(paths: list[str]) -> str:
 def adapter_config(directory: str | Path) -> dict[str, Any]:
     """The checked adapter_config.json of a directory. InputError for a variant of LoRA that this code does not compute."""
     path = Path(directory) / "adapter_config.json"
-    config = read_json(path)
+    config = read_object(path)
     wanted = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "use_dora": False,
               "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     for key, value in wanted.items():
@@ -280,7 +280,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     except SafetensorError as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); save the adapter again") from None
     if (directory / "hanorec.json").exists():
-        facts = read_json(directory / "hanorec.json")
+        facts = read_object(directory / "hanorec.json")
         if facts.get("adapter_sha256") != sha256(path):
             raise InputError(f"{path}: its hash differs from the one in hanorec.json; the file was changed or half written: save it again")
         if facts.get("stands_on") != fingerprint(model):

@@ -24,7 +24,8 @@ def plot_run(folder: Path) -> list[Path]:
     folder = Path(folder)
     written = []
     for log in sorted(folder.rglob("log.jsonl")):
-        written.append(plot_log(log))
+        if log.stat().st_size:  # a run may have just begun
+            written.append(plot_log(log))
     if (folder / "results.json").exists():
         written.append(plot_results(folder / "results.json"))
     return written

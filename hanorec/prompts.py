@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from itertools import groupby
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from hanorec.backbone import Backbone, Picture, prompt_positions
@@ -63,8 +64,11 @@ def turn(backbone: Backbone) -> tuple[list[int], list[int]]:
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return [*start, *text_ids(backbone, "User: ")], text_ids(backbone, "\nAssistant: ")
     for content in (SLOT, [{"type": "text", "text": SLOT}]):  # text models want a string, LLaVA a list
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": content}], chat_template=backbone.template,
-                                                 tokenize=False, add_generation_prompt=True)
+        try:
+            rendered = tokenizer.apply_chat_template([{"role": "user", "content": content}], chat_template=backbone.template,
+                                                     tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError):  # a template may refuse the form that it is not made for
+            continue
         if rendered.count(SLOT) == 1 and "'type'" not in rendered:
             return tuple(tokenizer.encode(side, add_special_tokens=False) for side in rendered.split(SLOT))
     raise InputError(f"{backbone.path}: its chat template does not render the user's text once, expected a template that does; "

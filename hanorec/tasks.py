@@ -43,8 +43,13 @@ def load_examples(backbone: Backbone, data: DataConfig, config: TrainConfig, who
     of what the prompts show)."""
     catalog = load_catalog(data.data)
     interactions = load_interactions(data.data, catalog)
-    users = select_users(interactions.train, data.users_from, data.users_to, config.seed)
+    users = select_users(interactions.train, data.users_from, data.users_to, data.users_seed)
     examples = training_examples(interactions, config.targets_per_user, data.history, users)
+    if without := len(users) - len({example.user for example in examples}):
+        print(f"{without} of {len(users)} users have a single training item, so they give no example")
+    if not examples:
+        raise InputError(f"{data.data}: none of the {len(users)} users has two training items, expected some; choose other users or more data")
+    print_missing_images(catalog)
     if config.draw == "random":
         examples = draw_candidates(examples, catalog, data.negatives, config.seed)
     whole_catalog = whole_catalog or config.draw == "hard"
@@ -53,6 +58,12 @@ def load_examples(backbone: Backbone, data: DataConfig, config: TrainConfig, who
         _, _, index = neighbors(backbone, catalog, pictures, data.neighbors)
         examples = draw_hard_candidates(examples, catalog, index.cpu().numpy(), data.negatives, config.seed)
     return Source(backbone, catalog, pictures, data), examples
+
+
+def print_missing_images(catalog: Catalog) -> None:
+    """Items without an image are prompted by title alone; say how many there are."""
+    if missing := sum(path is None for path in catalog.images):
+        print(f"{missing} of {len(catalog.ids)} items of {catalog.name} have no image: prompts show their titles alone")
 
 
 def used_rows(examples: Sequence[Example]) -> set[int]:

@@ -29,6 +29,7 @@ from hanorec import prompts
 from hanorec.backbone import FAMILIES
 from hanorec.catalog import load_catalog
 from hanorec.errors import InputError, run
+from hanorec.files import claim_folder
 
 QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 QWEN_TEMPLATE = (
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     texts = load_catalog(args.titles).titles if args.titles else []
-    make_checkpoint(args.family, args.out, texts, args.width, args.layers, args.seed, vocabulary=args.vocabulary)
+    make_checkpoint(args.family, claim_folder(args.out), texts, args.width, args.layers, args.seed, vocabulary=args.vocabulary)
     print(f"wrote {args.out}: {args.family} with random weights")
 
 

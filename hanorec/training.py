@@ -16,8 +16,9 @@ import torch
 import transformers
 
 from hanorec.backbone import Backbone
+from hanorec.config import DataConfig, ModelConfig
 from hanorec.errors import InputError
-from hanorec.files import write_json
+from hanorec.files import read_object, write_json
 from hanorec.prompts import Row
 
 
@@ -48,8 +49,9 @@ def cosine(step: int, steps: int) -> float:
 
 
 def autocast(backbone: Backbone) -> AbstractContextManager:
-    """bfloat16 arithmetic on a GPU, plain float32 on a CPU; losses leave it by themselves (losses.py)."""
-    return torch.autocast(backbone.device.type, torch.bfloat16, enabled=backbone.device.type == "cuda")
+    """bfloat16 arithmetic for a bfloat16 model on a GPU, else the model's own; losses leave it by themselves (losses.py)."""
+    enabled = backbone.device.type == "cuda" and backbone.model.dtype == torch.bfloat16
+    return torch.autocast(backbone.device.type, torch.bfloat16, enabled=enabled)
 
 
 def use_checkpointing(backbone: Backbone) -> None:
@@ -68,24 +70,38 @@ def print_budget(rows: Sequence[Row], micro_batch: int, backbone: Backbone) -> N
           f"a micro-batch of {micro_batch} takes at most {micro_batch * (prompt + answer):,} tokens; context {backbone.context}")
 
 
-def claim_folder(out: str | Path) -> Path:
-    """The output folder, made if need be. InputError where it holds files: a run never overwrites another."""
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists and is not an empty folder, expected a new one; choose another --out or remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+def prompt_settings(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
+    """What an adapter was trained to read; kept in its hanorec.json, since another prompt is another input."""
+    return {"task": data.task, "history": data.history, "candidate_images": data.candidate_images, "max_pixels": model.max_pixels}
+
+
+def compare_settings(directory: str | Path, settings: dict[str, Any]) -> None:
+    """Say where the prompts of this command differ from those that a saved adapter was trained on. It may be meant, so no error."""
+    path = Path(directory) / "hanorec.json"
+    trained = read_object(path).get("prompt", {}) if path.exists() else {}
+    for name, value in settings.items():
+        if name in trained and trained[name] != value:
+            print(f"note: {directory} was trained with {name} = {trained[name]}, this command uses {value}")
 
 
 def write_run(out: Path, configs: Sequence[Any], **facts: Any) -> None:
     """run.json: what was run, with what, on what."""
-    root = Path(__file__).parent.parent
-    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     write_json(out / "run.json", {
         "command": Path(sys.argv[0]).name, "settings": {k: v for config in configs for k, v in asdict(config).items()}, **facts,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
                      "numpy": np.__version__},
-        "git_revision": git.stdout.strip() if git.returncode == 0 else None})
+        "git_revision": git_revision()})
+
+
+def git_revision() -> str | None:
+    """The commit of the clone that runs, or None outside a clone or without git."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        return subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def append_log(path: Path, record: dict[str, Any]) -> None:

@@ -252,3 +252,20 @@ def test_unknown_user_and_too_long_a_list(refused, model, copy):
 def test_scores_that_are_not_numbers():
     with pytest.raises(ValueError, match="user row 1"):
         evaluate.rank_of_positive(np.array([[1.0, 0.0], [np.nan, 0.0]]), [0, 0])
+
+
+def test_no_user_with_an_example(refused, model, copy):
+    (copy / "train.tsv").write_text("".join(line.split(" ")[0].rstrip("\n") + "\n" for line in open(copy / "train.tsv")))
+    refused(train_sft.main, sft(model, copy), copy, "two training items", "more data")
+
+
+def test_malformed_adapter_files(refused, model, copy, tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "adapter_config.json").write_text("[]")
+    refused(train_dpo.main, sft(model, copy, "--sft", tmp_path / "sft"), "adapter_config.json", "list", "object")
+
+
+def test_similarity_needs_ten_images(refused, model, copy):
+    for path in list((copy / "images").iterdir())[5:]:
+        path.unlink()
+    refused(evaluate.main, ["--model", model, "--data", copy, "--sets", "random", "--similarity", "--adapter", "base"], "10 images")

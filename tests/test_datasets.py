@@ -270,6 +270,10 @@ def test_microlens_tsv_and_refusals(tmp_path):
     write(raw, m_pairs__tsv="1\t30 10 20\n2 10\n")
     text = message(microlens, raw)
     assert "m_pairs.tsv:2:" in text and "'2 10'" in text and "user<TAB>id" in text
+    write(raw, m_pairs__tsv="1\t30 10 20\n2\t10 20 30\n1\t20 30 10\n")  # joined in which order? Nobody knows
+    text = message(microlens, raw)
+    assert "m_pairs.tsv:3:" in text and "'1'" in text and "one line a user" in text
+    write(raw, m_pairs__tsv="1\t30 10 20\n2 10\n")
     write(raw, m_titles__csv="10,A\n20\n")
     text = message(microlens, raw)
     assert "m_titles.csv:2:" in text and "'20'" in text and "item,title" in text

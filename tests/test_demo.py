@@ -22,7 +22,7 @@ def small_demo(tmp_path_factory):
         patch.setattr(demo, "USERS", 60)
         patch.setattr(demo, "SFT", [*demo.COMMON, "--learning-rate", "4e-3", "--users-to", "0.3"])
         patch.setattr(demo, "DPO", [*demo.COMMON, "--learning-rate", "5e-4", "--users-from", "0.3", "--users-to", "0.5", "--targets-per-user", "1"])
-        patch.setattr(demo, "TEST", ["--users-to", "0.4", "--batch", "8"])
+        patch.setattr(demo, "TEST", ["--users-from", "0.5", "--users-to", "0.9", "--batch", "8"])
         demo.main(["--out", str(out)])
     return out
 
@@ -49,6 +49,7 @@ def test_users_of_sft_and_dpo_are_different(small_demo):
     seed = small_demo / "seed-2025"
     spans = {name: json.loads((seed / name / "run.json").read_text())["settings"] for name in ("SFT", "DPO", "HaNoRec", "SFT continued")}
     assert spans["SFT"]["users_to"] == spans["DPO"]["users_from"] == spans["HaNoRec"]["users_from"] == spans["SFT continued"]["users_from"]
+    assert json.loads((seed / "test" / "run.json").read_text())["settings"]["users_from"] == spans["DPO"]["users_to"]
     assert len({spans[name]["users_to"] for name in ("DPO", "HaNoRec", "SFT continued")}) == 1
 
 

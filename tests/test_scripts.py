@@ -73,7 +73,7 @@ def test_sft(launch, data, checkpoints, task, rows):
     assert log[0]["loss"] == pytest.approx(-total / sum(len(row.answers[0]) for row in every), abs=1e-5)
     attach_policy(backbone.model, out)
     assert facts["trained_weights"] == sum(w.numel() for w in toy.weights(lora_layers(backbone.model).values()))
-    assert json.loads((out / "hanorec.json").read_text())["task"] == task
+    assert json.loads((out / "hanorec.json").read_text())["prompt"]["task"] == task
 
 
 def test_sft_learns_a_tiny_set(launch, data, checkpoints):
@@ -268,8 +268,10 @@ def test_accumulation_does_not_matter(launch, sft, main, flags):
     common = [*toy.STEPS, "--lora-dropout", 0, "--learning-rate", 1e-4, *flags, *(["--sft", sft] if main is train_dpo.main else [])]
     (one, log, _), (two, other, _) = [launch(main, *common, "--micro-batch", micro, "--accumulation", 8 // micro) for micro in (4, 8)]
     assert furthest(one, two) < 1e-6
+    # Running statistics divide small rewards by their small deviation, which magnifies the rounding of float32 sums in another order.
+    rel = 1e-3 if "ema" in flags else 1e-4
     for a, b in zip(log, other, strict=True):
-        assert [a[k] or 0 for k in sorted(a)] == pytest.approx([b[k] or 0 for k in sorted(b)], abs=2e-5, rel=1e-4)  # kl may be None
+        assert [a[k] or 0 for k in sorted(a)] == pytest.approx([b[k] or 0 for k in sorted(b)], abs=2e-5, rel=rel)  # kl may be None
 
 
 @pytest.mark.parametrize("main", [train_sft.main, train_dpo.main], ids=["sft", "dpo"])

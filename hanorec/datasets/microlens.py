@@ -30,6 +30,8 @@ def read_pairs_tsv(path: Path) -> Log:
     log = Log()
     for line, text in numbered_lines(path, progress=True):
         user, items = split_fields(path, line, text, "\t", 2, "user<TAB>id id id ...")
+        if user in log.users:
+            raise InputError(f"{path}:{line}: user {user!r} has an earlier line; expected one line a user, so join them")
         for position, item in enumerate(items.split()):
             log.add(path, line, user, item, position)
     return log

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hanorec.errors import run
-from hanorec.files import write_json
+from hanorec.errors import InputError, run
+from hanorec.files import claim_folder, write_json
 
 GENRES = {"space": ["Comet", "Orbit", "Nebula", "Rocket"], "crime": ["Alibi", "Heist", "Verdict", "Dagger"],
           "romance": ["Kiss", "Wedding", "Letter", "Rose"], "western": ["Saddle", "Canyon", "Sheriff", "Dust"],
@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=900)
     parser.add_argument("--seed", type=int, default=2025)
     args = parser.parse_args()
-    make_posterland(args.out, args.users, seed=args.seed)
+    if args.users < 1:
+        raise InputError(f"--users {args.users}: expected at least 1")
+    make_posterland(claim_folder(args.out), args.users, seed=args.seed)
     print(f"wrote {args.out}: {args.users} users, {len(make_items(args.seed))} items")
 
 
