@@ -24,7 +24,7 @@ from hanorec.plots import plot_run
 PROMPT = ["--candidate-images", "off"]
 SFT = [*PROMPT, *demo.COMMON, "--learning-rate", "4e-3", "--users-to", "0.4"]  # 377 users, 3 targets each
 DPO = [*PROMPT, *demo.COMMON, "--learning-rate", "5e-4", "--users-from", "0.4", "--users-to", "0.7", "--targets-per-user", "1"]  # 283
-TEST = [*PROMPT, "--users-from", "0.7", "--batch", "8"]  # 283 users whom no stage saw
+TEST = [*PROMPT, "--users-from", "0.7", "--users-to", "0.9", "--batch", "8"]  # 189 users whom no stage saw
 PAIRS = [("SFT", "base"), ("SFT", demo.SHUFFLED), ("DPO", "SFT"), ("DPO", "SFT continued"), ("HaNoRec", "DPO"), ("w/o HaRS", "DPO"),
          ("w/o NoDO", "DPO"), ("w/o SAM", "DPO"), ("HaNoRec, standardised, relative", "DPO"), ("SFT", "popularity")]
 

@@ -119,24 +119,25 @@ STAGES = [
     (0.35, [(find_row, 5, 16), (like_row, 5, 16)]),
     (1.00, [(find_row, 10, 8), (like_row, 10, 24)]),
 ]
-LOOKING = [  # going on from there: naming again, so that posters are read once more, beside finding
-    (0.25, [(name_row, 1, 96), (find_row, 3, 16), (like_row, 3, 16)]),
-    (1.00, [(name_row, 1, 32), (find_row, 10, 8), (like_row, 10, 24)]),
+LOOKING = [  # going on from there, on catalogues where hardly a title tells: short lists first, in which a poster can be found again
+    (0.45, [(name_row, 1, 16), (find_row, 2, 48)]),
+    (0.60, [(find_row, 4, 24), (like_row, 3, 24)]),
+    (1.00, [(find_row, 10, 8), (like_row, 10, 24)]),
 ]
 
 
 def pretrain(out: Path, minutes: float = 35, start_from: Path | None = None, lr: float = 2e-3, seed: int = 0) -> None:
     """Train for `minutes` by the clock, so that the cost is known and the number of steps is not; save in bfloat16 (half the size).
 
-    start_from: go on from that checkpoint through LOOKING instead of STAGES, on catalogues where 70% of the titles are ambiguous: as
-    long as most titles tell, there is little to gain from looking at a poster, and the model stops to.
+    start_from: go on from that checkpoint through LOOKING instead of STAGES, on catalogues where 85% of the titles are ambiguous: as
+    long as most titles tell, there is little to gain from looking at a poster, and the model does not.
     """
     if start_from is None:
         texts = [f"{word} {word}" for word in posterland.words()] + 200 * [TOGETHER, WHICH_GOES, LIST, "Film is The film is"]
         make_checkpoint("qwen2_5_vl", out, texts, width=128, layers=5, seed=seed, context=1024, vision_width=64, vocabulary=640)
     else:
         shutil.copytree(start_from, out)
-    ambiguous = posterland.AMBIGUOUS if start_from is None else 0.7
+    ambiguous = posterland.AMBIGUOUS if start_from is None else 0.85
     stages = STAGES if start_from is None else LOOKING
     backbone = load_backbone(str(out), dtype="float32", device="cpu")
     print(f"{sum(p.numel() for p in backbone.model.parameters()):,} parameters")
