@@ -1,6 +1,9 @@
 """The base checkpoint of the demo: a tiny Qwen2.5-VL that has learnt to read Posterland's posters and titles.
 
-    python -m hanorec.pretrain OUT [--minutes M]      made the one in hanorec/assets: 2,200 steps in 35 minutes on one core
+    python -m hanorec.pretrain FIRST                                    35 minutes on one core, 2,200 steps
+    python -m hanorec.pretrain OUT --start-from FIRST --minutes 11      the one in hanorec/assets, 1,100 steps more
+
+The schedule goes by the clock, so a second run gives a like checkpoint, not the same one.
 
 A real MLLM comes with two skills that recommending needs: it names what a picture shows, and it finds in a list what a question
 asks for. Random weights have neither, and LoRA on frozen random weights learns neither. So this command trains all weights, on
