@@ -255,7 +255,7 @@ def test_scores_that_are_not_numbers():
 
 
 def test_no_user_with_an_example(refused, model, copy):
-    (copy / "train.tsv").write_text("".join(line.split(" ")[0].rstrip("\n") + "\n" for line in open(copy / "train.tsv")))
+    (copy / "train.tsv").write_text("".join(line.split(" ")[0] + "\n" for line in (copy / "train.tsv").read_text().splitlines()))
     refused(train_sft.main, sft(model, copy), copy, "two training items", "more data")
 
 
