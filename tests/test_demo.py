@@ -70,7 +70,7 @@ def test_the_base_checkpoint_is_small_and_reads_posters():
             with torch.no_grad():
                 _, right[task, posters] = pretrain.loss_and_accuracy(backbone, pool, [task(backbone, pool, 10, rng) for _ in range(32)])
         pool = pretrain.Pool(backbone, 77, 0.85)
-        assert right[task, "own"] > 0.6 and right[task, "others"] < right[task, "own"] - 0.2
+        assert right[task, "own"] > 0.6 and right[task, "others"] < right[task, "own"] - 0.1  # five standard errors
 
 
 def test_posterland_keeps_its_promises(tmp_path):
