@@ -53,7 +53,8 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
     pictures, sets = {}, {}
     for kind in ("random", "hard") if config.sets == "both" else (config.sets,):
         path = Path(data.data) / f"candidates_{config.split}_{kind}.json"
-        facts = {"kind": kind, "neighbors": data.neighbors if kind == "hard" else None, "split": config.split, "seed": config.seed, "negatives": data.negatives, "data_sha256": data_hash(catalog)}
+        facts = {"kind": kind, "neighbors": data.neighbors if kind == "hard" else None, "split": config.split, "seed": config.seed,
+                 "negatives": data.negatives, "data_sha256": data_hash(catalog)}
         if not path.exists() and kind == "random":
             save_candidates(path, draw_candidates(examples, catalog, data.negatives, config.seed), catalog, **facts)
         elif not path.exists():

@@ -4,8 +4,8 @@
 
 RAW: a folder with RecBole's ml-100k.inter and ml-100k.item (in the wheel of PyPI's recbole 1.2.1, recbole/dataset_example/ml-100k).
 The stages, rows and tables are those of hanorec.demo; its base model has never seen a film of this catalogue, nor English. A title is
-some twenty tokens to it, so prompts leave the covers of the candidates out. All
-seeds share data, users and candidates: users are the sample, and the seeds are averaged for each of them before any interval is drawn.
+some twenty tokens to it, so prompts leave the covers of the candidates out. All seeds
+share data, users and candidates: users are the sample, and the seeds are averaged for each of them before any interval is drawn.
 """
 
 import argparse

@@ -27,7 +27,8 @@ from hanorec import prompts
 from hanorec.backbone import Backbone, Picture, hidden_states, load_backbone
 from hanorec.catalog import Catalog, load_catalog, read_image
 from hanorec.datasets import posterland
-from hanorec.errors import run
+from hanorec.errors import InputError, run
+from hanorec.files import claim_folder
 from hanorec.losses import token_log_probs
 from hanorec.tiny import make_checkpoint
 
@@ -139,7 +140,7 @@ def pretrain(out: Path, minutes: float = 35, start_from: Path | None = None, lr:
         texts = [f"{word} {word}" for word in posterland.words()] + 200 * [TOGETHER, WHICH_GOES, LIST, "Film is The film is"]
         make_checkpoint("qwen2_5_vl", out, texts, width=128, layers=5, seed=seed, context=1024, vision_width=64, vocabulary=640)
     else:
-        shutil.copytree(start_from, out)
+        shutil.copytree(start_from, out, dirs_exist_ok=True)
     ambiguous = posterland.AMBIGUOUS if start_from is None else 0.85
     stages = STAGES if start_from is None else LOOKING
     backbone = load_backbone(str(out), dtype="float32", device="cpu")
@@ -176,7 +177,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=35)
     parser.add_argument("--start-from", type=Path, help="go on from this checkpoint, with mostly ambiguous titles")
     args = parser.parse_args()
-    pretrain(args.out, args.minutes, args.start_from)
+    if args.minutes <= 0 or (args.start_from and not (args.start_from / "config.json").exists()):
+        raise InputError(f"--minutes {args.minutes}, --start-from {args.start_from}: expected more than 0 minutes, and a checkpoint folder or nothing")
+    pretrain(claim_folder(args.out), args.minutes, args.start_from)
 
 
 if __name__ == "__main__":
