@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part in chunks(batch, config.micro_batch):
             micro = collate(backbone, [rows[i] for i in part], source.pictures)
             with autocast(backbone):
-                logits = forward(backbone, micro)  # (B, keep, V)
+                logits = forward(backbone, micro)  # (B, L, V)
             # The mean over the answer tokens of the whole step, however it is cut into micro-batches.
-            loss = sft_loss(logits, micro.labels[:, -micro.keep :]) * len(micro.token) / tokens
+            loss = sft_loss(logits, micro.labels) * len(micro.token) / tokens
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()

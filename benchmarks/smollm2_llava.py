@@ -113,8 +113,8 @@ def wrap(language: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: Pat
 def text_logits(backbone: Backbone, ids: list[int]) -> Tensor:
     """Logits (T, V) of a text without images, on the path that training and evaluation take."""
     row, positions = torch.tensor([ids]), prompt_positions(backbone, ids, [])[:, None]  # (1, T), (R, 1, T)
-    inputs = [x.to(backbone.device) for x in (row, positions, torch.ones_like(row), torch.zeros(0, backbone.width))]
-    return backbone.model.lm_head(hidden_states(backbone, *inputs))[0]
+    no_picture = torch.zeros(0, backbone.width)
+    return backbone.model.lm_head(hidden_states(backbone, row.to(backbone.device), positions.to(backbone.device), None, no_picture))[0]
 
 
 def text_nll(backbone: Backbone, text: str) -> float:

@@ -6,6 +6,7 @@ differ in how an image is preprocessed, which tokens surround it, and in positio
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,14 @@ import torch
 from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from torch.nn import functional as F
+from transformers import AttentionInterface, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from hanorec.errors import InputError
+from hanorec.lora import language_model
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_next")  # config.model_type
+ATTENTION = "prompt_and_answers"  # the name under which Transformers is told of `segment_attention`
 
 
 class Picture(NamedTuple):
@@ -124,6 +128,7 @@ def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixe
     if len(tokenizer) > vocabulary or model.config.image_token_id >= len(tokenizer):
         raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, image token {model.config.image_token_id}, but the model "
                          f"embeds {vocabulary}; expected tokenizer and model of one checkpoint")
+    use_segment_attention(model)
     model.requires_grad_(False).to(device).eval()
     return Backbone(str(path), family, model, tokenizer, image_processor, template)
 
@@ -157,19 +162,39 @@ def prompt_positions(backbone: Backbone, ids: list[int], grids: list[Tensor | No
     return backbone.model.model.get_rope_index(row, mm_token_type_ids=is_image, image_grid_thw=torch.stack(grids))[0][:, 0]
 
 
-def hidden_states(backbone: Backbone, ids: Tensor, positions: Tensor, mask: Tensor, pictures: Tensor) -> Tensor:
-    """The language model's last hidden states: ids (B, T), positions (R, B, T), mask (B, T) or (B, 1, T, T) additive, pictures
-    (n, d) = the features of all images in the order of their placeholders -> (B, T, d).
+def use_segment_attention(model: nn.Module) -> None:
+    """Let the language model attend by `segment_attention`; the vision tower keeps its own."""
+    AttentionInterface.register(ATTENTION, segment_attention)
+    language_model(model).set_attn_implementation(ATTENTION)
+
+
+def segment_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None,
+                      dropout: float = 0.0, **_: Any) -> tuple[Tensor, None]:
+    """Attention of [prompt | answer | answer ...] by segments, as Transformers' attention functions are called.
+
+    query (B, heads, T, width of a head), key and value with as many heads or fewer, mask (B, 1, N, T) of the last N columns or None
+    -> (B, T, heads, width). The prompt is causal and needs no mask: padding stands behind it, where none of its tokens looks. So the
+    T x T mask of a packed row never exists, and half of the prompt's products are never computed.
+    """
+    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)
+    prompt = query.shape[2] - (0 if mask is None else mask.shape[2])  # P
+    out = attend(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], is_causal=True)
+    if mask is not None:
+        out = torch.cat([out, attend(query[:, :, prompt:], key, value, attn_mask=mask.to(query.dtype))], 2)
+    return out.transpose(1, 2), None
+
+
+def hidden_states(backbone: Backbone, ids: Tensor, positions: Tensor, mask: Tensor | None, pictures: Tensor) -> Tensor:
+    """The language model's last hidden states: ids (B, T), positions (R, B, T), mask as in `segment_attention` (None: plainly causal,
+    padding on the right), pictures (n, d) = the features of all images in the order of their placeholders -> (B, T, d).
 
     Raises ValueError where placeholders and features differ in number: they would silently shift.
     """
-    language = backbone.model.model.language_model
     x = backbone.model.get_input_embeddings()(ids)  # (B, T, d)
     here = ids == backbone.image_token  # (B, T)
     if int(here.sum()) != len(pictures):
         raise ValueError(f"{int(here.sum())} image placeholders, {len(pictures)} image features: expected as many")
     x = x.masked_scatter(here[..., None], pictures.to(x.device, x.dtype))
     positions = positions if len(positions) == 3 else positions[0]
-    if mask.ndim == 4:
-        mask = mask.to(x.dtype)
+    language = language_model(backbone.model)
     return language(inputs_embeds=x, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from hanorec import prompts
-from hanorec.backbone import Backbone, Picture, hidden_states, load_backbone
+from hanorec.backbone import Backbone, Picture, load_backbone
 from hanorec.catalog import Catalog, load_catalog, read_image
 from hanorec.datasets import posterland
 from hanorec.errors import InputError, run
 from hanorec.files import claim_folder
 from hanorec.losses import token_log_probs
+from hanorec.scoring import answer_logits, forward
 from hanorec.tiny import make_checkpoint
 
 GENRES, STYLES = list(posterland.GENRES), list(posterland.STYLES)
@@ -109,9 +110,8 @@ def loss_and_accuracy(backbone: Backbone, pool: Pool, tasks: list[Task]) -> tupl
         pixel_values=pool.pixels[images].flatten(0, 1), image_grid_thw=pool.grids[images]).pooler_output
     pictures = {i: Picture(features, pool.grids[i]) for i, features in zip(images, seen, strict=True)}
     batch = prompts.collate(backbone, rows, pictures)
-    hidden = hidden_states(backbone, batch.ids, batch.positions, batch.mask, batch.pictures)[:, -batch.keep :]
     answer = torch.cat([torch.arange(len(a)) >= q for row, asked in tasks for a, q in zip(row.answers, asked, strict=True)])
-    logits, token = backbone.model.lm_head(hidden[batch.row[answer], batch.query[answer]]), batch.token[answer]  # (M, V), (M,)
+    logits, token = answer_logits(forward(backbone, batch), batch)[answer], batch.token[answer]  # (M, V), (M,)
     right = (logits.argmax(-1) == token)[token != backbone.tokenizer.eos_token_id]  # the end token would only flatter
     return -token_log_probs(logits, token).mean(), float(right.float().mean())
 

@@ -4,8 +4,8 @@ One shape serves every stage: SFT has one answer to a prompt, DPO two (chosen, r
 Answers that share a prompt share its row; a mask keeps them from seeing one another, and each starts at the same position.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 
 import torch
@@ -86,7 +86,7 @@ class Row:
     answers: list[list[int]]
 
 
-def encode_row(backbone: Backbone, name: str, parts: list[Part], pictures: dict[int, Picture], answers: list[list[int]]) -> Row:
+def encode_row(backbone: Backbone, name: str, parts: list[Part], pictures: Mapping[int, Picture], answers: list[list[int]]) -> Row:
     """Tokens and positions of a prompt.
 
     Raises InputError where prompt and longest answer do not fit the model's context. Nothing is ever cut off.
@@ -112,60 +112,69 @@ def encode_row(backbone: Backbone, name: str, parts: list[Part], pictures: dict[
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows side by side, padded on the left. B rows, T tokens, A answers a row, M answer tokens in all."""
+    """Rows side by side: prompts from the left, padded to P columns, then all answers, N columns. B rows, T = P + N, A answers a row,
+    M answer tokens in all. With one answer a row it follows its prompt at once, and no mask is needed."""
 
     ids: Tensor  # (B, T)
     positions: Tensor  # (R, B, T)
-    mask: Tensor  # (B, T) bool-like where A = 1, else (B, 1, T, T) additive: 0 = may look, lowest number = may not
+    mask: Tensor | None  # (B, 1, N, T) additive, 0 = the answer's token may look, lowest number = it may not; None where A = 1
     pictures: Tensor  # (n, d): features of all images, in order
-    labels: Tensor  # (B, T): the answer's own tokens, -100 elsewhere; for A = 1
-    keep: int  # all answers, and the position before them, lie in the last `keep` columns
+    columns: Tensor  # (B, L): the columns whose logits predict answers: the prompt's last, then the answers'; the head runs on no others
+    labels: Tensor  # (B, L): the answers' tokens at their own columns, -100 elsewhere
     row: Tensor  # (M,) row of each answer token
-    query: Tensor  # (M,) the column, among the last `keep`, whose logits predict it
+    query: Tensor  # (M,) which of the L columns predicts it
     token: Tensor  # (M,)
-    answer: Tensor  # (M,) number of its answer, row * A + a
-    answers: int  # A
+    answer: Tensor  # (M,) number of its answer, from 0 to size[0] * size[1] - 1
+    size: tuple[int, int]  # prompts, and answers to each: the shape of what `answer_log_probs` returns
 
     def to(self, device: torch.device) -> "Batch":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
 
 
-def collate(backbone: Backbone, rows: Sequence[Row], pictures: dict[int, Picture]) -> Batch:
-    """Pack and pad rows. ValueError where they do not all have the same number of answers."""
+def collate(backbone: Backbone, rows: Sequence[Row], pictures: Mapping[int, Picture], packed: bool = True) -> Batch:
+    """Pack and pad rows. packed=False is the plain path, a row an answer: its prompt is computed once for each of them.
+
+    ValueError where the rows do not all have the same number of answers.
+    """
     if len({len(row.answers) for row in rows}) != 1:
         raise ValueError(f"rows with {[len(row.answers) for row in rows]} answers in one batch, expected equally many")
+    size = len(rows), len(rows[0].answers)
+    if not packed:
+        rows = [replace(row, answers=[answer]) for row in rows for answer in row.answers]
     count, pad = len(rows[0].answers), backbone.tokenizer.pad_token_id or 0
-    lengths = [sum(map(len, row.answers)) for row in rows]
-    width, keep = max(len(row.prompt) + n for row, n in zip(rows, lengths, strict=True)), max(lengths) + 1
+    prompts, lengths = [len(row.prompt) for row in rows], [sum(map(len, row.answers)) for row in rows]
+    starts = prompts if count == 1 else [max(prompts)] * len(rows)  # where a row's answers begin
+    width, kept = max(start + n for start, n in zip(starts, lengths, strict=True)), max(lengths) + 1
     ids = torch.full((len(rows), width), pad)
-    labels = torch.full((len(rows), width), -100)
     positions = torch.zeros(len(rows[0].positions), len(rows), width, dtype=torch.long)
     segment = torch.full((len(rows), width), -1)  # -1 pad, 0 prompt, 1 .. A answers
+    columns, labels = torch.zeros(len(rows), kept, dtype=torch.long), torch.full((len(rows), kept), -100)
     where = []  # (row, query, token, answer)
-    for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-        at = width - n - len(row.prompt)
-        ids[b, at : width - n], segment[b, at : width - n] = torch.tensor(row.prompt), 0
-        positions[:, b, at : width - n] = row.positions
-        at, last = width - n, width - n - 1  # last = the prompt's last column, which predicts every answer's first token
+    for b, (row, start, n) in enumerate(zip(rows, starts, lengths, strict=True)):
+        end = len(row.prompt)
+        ids[b, :end], segment[b, :end] = torch.tensor(row.prompt), 0
+        positions[:, b, :end] = row.positions
+        columns[b, : n + 1] = torch.tensor([end - 1, *range(start, start + n)])
+        at = 0  # columns of this row's answers so far
         for a, answer in enumerate(row.answers):
-            to = slice(at, at + len(answer))
-            ids[b, to] = labels[b, to] = torch.tensor(answer)
+            to = slice(start + at, start + at + len(answer))
+            ids[b, to] = labels[b, at + 1 : at + 1 + len(answer)] = torch.tensor(answer)
             segment[b, to] = a + 1
             positions[:, b, to] = row.positions.max() + 1 + torch.arange(len(answer))  # each answer starts anew
-            queries = [last, *range(at, at + len(answer) - 1)]
-            where += [(b, q - (width - keep), t, b * count + a) for q, t in zip(queries, answer, strict=True)]
+            queries = [0, *range(at + 1, at + len(answer))]  # the prompt's last token predicts every answer's first
+            where += [(b, q, t, b * count + a) for q, t in zip(queries, answer, strict=True)]
             at += len(answer)
-    mask = (segment >= 0).long() if count == 1 else packed_mask(segment)
+    mask = None if count == 1 else answer_mask(segment, max(lengths))
     flat = [pictures[i].features for row in rows for i in row.images]
     features = torch.cat(flat) if flat else torch.zeros(0, backbone.width)
-    return Batch(ids, positions, mask, features, labels, keep, *torch.tensor(where).T, count).to(backbone.device)
+    return Batch(ids, positions, mask, features, columns, labels, *torch.tensor(where).T, size).to(backbone.device)
 
 
-def packed_mask(segment: Tensor) -> Tensor:
-    """Who may look at whom: (B, T) segments -> (B, 1, T, T) additive float32. A token sees, at or before itself, the prompt
-    (segment 0) and its own answer; padding (-1) sees padding alone, since a row without any key has no softmax."""
-    q, k = segment[:, None, :, None], segment[:, None, None, :]
-    causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool).tril()
-    allowed = causal & ((k == q) | ((k == 0) & (q > 0)))  # (B, 1, T, T)
+def answer_mask(segment: Tensor, n: int) -> Tensor:
+    """Who the last n columns may look at: (B, T) segments -> (B, 1, n, T) additive float32. An answer's token sees the prompt
+    (segment 0) and, at or before itself, its own answer; padding (-1) sees padding alone, since a row without any key has no softmax."""
+    q, k = segment[:, None, -n:, None], segment[:, None, None, :]
+    causal = torch.ones(n, segment.shape[1], dtype=torch.bool).tril(segment.shape[1] - n)
+    allowed = causal & ((k == q) | ((k == 0) & (q > 0)))  # (B, 1, n, T)
     return torch.where(allowed, 0.0, torch.finfo(torch.bfloat16).min)  # bfloat16's lowest is finite in float32 too

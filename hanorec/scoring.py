@@ -9,25 +9,27 @@ from hanorec.prompts import Batch
 
 
 def forward(backbone: Backbone, batch: Batch) -> Tensor:
-    """Logits (B, keep, V) of the columns where answers are predicted; the head runs on no others."""
+    """Logits (B, L, V) of the columns that predict answers; the head runs on no others."""
     hidden = hidden_states(backbone, batch.ids, batch.positions, batch.mask, batch.pictures)  # (B, T, d)
-    return backbone.model.lm_head(hidden[:, -batch.keep :])
+    kept = hidden.gather(1, batch.columns[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, L, d)
+    return backbone.model.lm_head(kept)
 
 
 def answer_logits(logits: Tensor, batch: Batch) -> Tensor:
-    """(B, keep, V) -> (M, V): for each answer token the logits that predict it."""
+    """(B, L, V) -> (M, V): for each answer token the logits that predict it."""
     return logits[batch.row, batch.query]
 
 
 def answer_log_probs(logits: Tensor, batch: Batch, mean: bool = False) -> Tensor:
-    r"""log pi(answer | prompt) for every answer of every row: (B, keep, V) -> (B, A) float32.
+    r"""log pi(answer | prompt) for every answer to every prompt: (B, L, V) -> batch.size float32.
 
     mean: per token instead of the sum. The end-of-turn token counts, so that no answer is favoured as another's beginning.
     """
     token = token_log_probs(answer_logits(logits, batch), batch.token)  # (M,)
-    total = token.new_zeros(len(batch.ids) * batch.answers)
+    prompts, answers = batch.size
+    total = token.new_zeros(prompts * answers)
     # EV-1: \operatorname{score}(c) = \log\pi(y_c \mid x) = \sum_t \log\pi(y_{c,t} \mid x, y_{c,<t})
     total = total.index_add(0, batch.answer, token)
     if mean:
         total = total / torch.bincount(batch.answer, minlength=len(total))
-    return total.view(len(batch.ids), batch.answers)
+    return total.view(prompts, answers)

@@ -10,9 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from hanorec.backbone import FAMILIES, hidden_states, image_features, load_backbone, prompt_positions
+from hanorec.backbone import ATTENTION, FAMILIES, hidden_states, image_features, load_backbone, prompt_positions, use_segment_attention
 from hanorec.catalog import read_image
 from hanorec.errors import InputError
+from hanorec.lora import language_model
 from hanorec.prompts import collate
 from hanorec.scoring import answer_log_probs, answer_logits, forward
 from hanorec.tasks import single_answer
@@ -22,7 +23,7 @@ SHIFT = 1e-3  # a negative control moves a log-probability by more than this; ho
 
 
 def own_forward(backbone, rows, images):
-    """Logits (B, T, V) of the family's own forward, pixels in: nothing of ours but the token ids."""
+    """Logits (B, T, V) of the family's own forward and attention, pixels in: nothing of ours but the token ids."""
     texts = [row.prompt + row.answers[0] for row in rows]
     width = max(map(len, texts))
     ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
@@ -30,8 +31,11 @@ def own_forward(backbone, rows, images):
     inputs = backbone.image_processor(images=images, return_tensors="pt")
     if backbone.family != "llava_next":
         inputs["mm_token_type_ids"] = (ids == backbone.image_token).int()
+    language_model(backbone.model).set_attn_implementation("sdpa")
     with torch.no_grad():
-        return backbone.model(input_ids=ids, attention_mask=mask, **inputs).logits
+        logits = backbone.model(input_ids=ids, attention_mask=mask, **inputs).logits
+    use_segment_attention(backbone.model)
+    return logits
 
 
 def rows_of(backbone, catalog, pictures):
@@ -48,10 +52,11 @@ def test_forward_equals_hugging_face(backbone, catalog, gallery):
     if backbone.family != "llava_next":
         assert len({tuple(pictures[i].grid.tolist()) for i in (0, 2, 3)}) == 3
     assert len({len(pictures[i].features) for i in (0, 2, 3)}) > 1
-    for part in ([rows[0]], [rows[1]], rows):  # alone, and padded on the left
+    for part in ([rows[0]], [rows[1]], rows):  # alone, and side by side (theirs padded on the left, ours on the right)
         batch = collate(backbone, part, pictures)
         images = [read_image(catalog.images[i]) for row in part for i in row.images]
-        theirs = answer_logits(own_forward(backbone, part, images)[:, -batch.keep :], batch)
+        logits = own_forward(backbone, part, images)
+        theirs = torch.cat([logits[b, -len(row.answers[0]) - 1 : -1] for b, row in enumerate(part)])  # (M, V)
         with torch.no_grad():
             ours = answer_logits(forward(backbone, batch), batch)
         assert ours.std() > 0.3  # not a flat model, for which everything agrees
@@ -101,8 +106,8 @@ def test_packed_equals_separate(backbone, catalog, gallery):
     assert toy.apart(toy.gradients((toy.log_probs(backbone, [row], pictures) * pull.flip(1)).sum(), layers), theirs) > 0.1
 
 
-def test_left_padding_changes_nothing(backbone, catalog, gallery):
-    """Rows of different lengths side by side, plain (2D mask) and packed (4D mask), against each alone."""
+def test_padding_changes_nothing(backbone, catalog, gallery):
+    """Rows of different lengths side by side, plain (no mask) and packed, against each alone."""
     pictures = gallery[backbone.family]
     rows = [toy.ranking_row(backbone, catalog, pictures, (0, 1, 2), (3, 4, 5), (3, 5)),
             toy.ranking_row(backbone, catalog, pictures, (1,), (8, 9), (8, 9)),  # one image less a candidate, other answers
@@ -129,7 +134,7 @@ def test_negative_controls(backbone, catalog, gallery):
     with torch.no_grad():
         right = answer_log_probs(forward(backbone, batch), batch)
     assert moved().max() == 0
-    leaky = moved(mask=torch.ones_like(batch.ids))  # causal over the whole row: the second answer sees the first
+    leaky = moved(mask=None)  # causal over the whole row: the second answer sees the first
     assert leaky[0] < 1e-5 and leaky[1] > SHIFT
     late = batch.positions.clone()
     late[:, :, len(row.prompt) :] += 3
@@ -145,16 +150,18 @@ def test_negative_controls(backbone, catalog, gallery):
         assert moved(positions=torch.cat([flat, batch.positions[:, :, len(row.prompt) :]], 2)).max() > SHIFT
 
 
-def test_sdpa_and_eager_agree(backbone, catalog, gallery):
+def test_segments_equal_transformers_own_attention(backbone, catalog, gallery):
+    """Packed rows under our attention against a row an answer under each of Transformers' own."""
     pictures = gallery[backbone.family]
     rows = [toy.ranking_row(backbone, catalog, pictures), toy.ranking_row(backbone, catalog, pictures, (6,), (7, 8), (7, 8))]
-    found = {}
-    for kind in ("sdpa", "eager"):
-        backbone.model.set_attn_implementation(kind)
-        assert backbone.config.text_config._attn_implementation == kind
-        with torch.no_grad():
-            found[kind] = toy.log_probs(backbone, rows, pictures)
-    torch.testing.assert_close(found["sdpa"], found["eager"], atol=1e-5, rtol=5e-7)
+    assert backbone.config.text_config._attn_implementation == ATTENTION
+    with torch.no_grad():
+        ours = toy.log_probs(backbone, rows, pictures)
+        for kind in ("sdpa", "eager"):
+            language_model(backbone.model).set_attn_implementation(kind)
+            assert backbone.config.text_config._attn_implementation == kind
+            plain = collate(backbone, rows, pictures, packed=False)
+            torch.testing.assert_close(answer_log_probs(forward(backbone, plain), plain), ours, atol=1e-5, rtol=5e-7)
 
 
 def test_hidden_states_counts_placeholders(backbone, catalog, gallery):
@@ -176,7 +183,7 @@ def test_items_without_any_image(backbone, catalog, gallery):
     batch = collate(backbone, [row], {})
     ids = torch.tensor([row.prompt + row.answers[0]])
     with torch.no_grad():
-        theirs = backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -batch.keep :]
+        theirs = backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, batch.columns[0]]
         torch.testing.assert_close(forward(backbone, batch), theirs, atol=1e-5, rtol=1e-5)
         # one row with images and one without, side by side
         rows = [row, toy.ranking_row(backbone, catalog, gallery[backbone.family], answers=(4,))]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hanorec import prompts
 from hanorec.backbone import FAMILIES, load_backbone
 from hanorec.errors import InputError
-from hanorec.prompts import answer_ids, binary_parts, collate, encode_row, packed_mask, ranking_parts, text_ids, turn
+from hanorec.prompts import answer_ids, answer_mask, binary_parts, collate, encode_row, ranking_parts, text_ids, turn
 from hanorec.tasks import single_answer
 
 
@@ -129,46 +129,60 @@ def test_answers_end_with_the_end_token(backbone, catalog):
 
 
 def test_labels_cover_exactly_the_answer(backbone, catalog, gallery):
-    """A = 1, rows of different lengths: labels are the answer's tokens at its own columns, and -100 everywhere else."""
+    """A = 1, rows of different lengths: the answer follows its prompt, labels are its tokens at its own columns, -100 elsewhere."""
     pictures = gallery[backbone.family]
     rows = [single_answer(toy.ranking_row(backbone, catalog, pictures, history, candidates, (candidates[0],)), 0)
             for history, candidates in [((0, 1, 2), (3, 4, 5)), ((6,), (7, 8))]]
     batch = collate(backbone, rows, pictures)
-    width = max(len(row.prompt) + len(row.answers[0]) for row in rows)
-    assert batch.ids.shape == batch.labels.shape == batch.mask.shape == (2, width)
+    width, most = max(len(row.prompt) + len(row.answers[0]) for row in rows), max(len(row.answers[0]) for row in rows)
+    assert batch.ids.shape == (2, width) and batch.mask is None
+    assert batch.labels.shape == batch.columns.shape == (2, most + 1)
     for b, row in enumerate(rows):
         n, whole = len(row.answers[0]), row.prompt + row.answers[0]
-        assert batch.labels[b].tolist() == [-100] * (width - n) + row.answers[0]
-        assert batch.ids[b, width - len(whole) :].tolist() == whole
-        assert batch.mask[b].tolist() == [0] * (width - len(whole)) + [1] * len(whole)
+        assert batch.ids[b, : len(whole)].tolist() == whole
+        assert batch.labels[b].tolist() == [-100, *row.answers[0], *[-100] * (most - n)]
+        assert batch.columns[b, : n + 1].tolist() == list(range(len(row.prompt) - 1, len(whole)))
     assert batch.token.tolist() == rows[0].answers[0] + rows[1].answers[0]
     # each answer token is predicted by the column before it
-    columns = batch.query + width - batch.keep
-    assert batch.ids[batch.row, columns + 1].tolist() == batch.token.tolist()
+    assert batch.ids[batch.row, batch.columns[batch.row, batch.query] + 1].tolist() == batch.token.tolist()
+
+
+def hand_rows():
+    """A prompt of 2 tokens with the answers (5, 6) and (7,), beside a prompt of 1 token with (8,) and (9,)."""
+    return [prompts.Row("a", [3, 4], torch.tensor([[0, 1]]), [], [[5, 6], [7]]), prompts.Row("b", [4], torch.tensor([[0]]), [], [[8], [9]])]
 
 
 def test_packed_batch_by_hand(backbone):
-    """A prompt of 2 tokens with the answers (5, 6) and (7,), beside a prompt of 1 token with (8,) and (9,)."""
-    long = prompts.Row("a", [3, 4], torch.tensor([[0, 1]]), [], [[5, 6], [7]])
-    short = prompts.Row("b", [4], torch.tensor([[0]]), [], [[8], [9]])
-    batch = collate(backbone, [long, short], {})
+    batch = collate(backbone, hand_rows(), {})
     pad = backbone.tokenizer.pad_token_id
-    assert batch.ids.tolist() == [[3, 4, 5, 6, 7], [pad, pad, 4, 8, 9]]
-    assert batch.positions[0].tolist() == [[0, 1, 2, 3, 2], [0, 0, 0, 1, 1]]  # both answers start at the same position
-    assert batch.keep == 4 and batch.answers == 2
-    # token, its answer, and the column (of the last 4) that predicts it: 5 after 4, 6 after 5, 7 after 4; 8 and 9 after 4
+    assert batch.ids.tolist() == [[3, 4, 5, 6, 7], [4, pad, 8, 9, pad]]  # answers begin in one column
+    assert batch.positions[0].tolist() == [[0, 1, 2, 3, 2], [0, 0, 1, 1, 0]]  # both answers start at the same position
+    assert batch.columns.tolist() == [[1, 2, 3, 4], [0, 2, 3, 0]] and batch.size == (2, 2)
+    assert batch.labels.tolist() == [[-100, 5, 6, 7], [-100, 8, 9, -100]]
+    # token, its answer, and which of the columns predicts it: 5 after 4, 6 after 5, 7 after 4; 8 and 9 after 4
     assert list(zip(batch.token.tolist(), batch.answer.tolist(), batch.query.tolist(), strict=True)) == [
-        (5, 0, 0), (6, 0, 1), (7, 1, 0), (8, 2, 1), (9, 3, 1)]
-    looks = (batch.mask[:, 0] == 0).int().tolist()
-    assert looks[0] == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
-    assert looks[1] == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
+        (5, 0, 0), (6, 0, 1), (7, 1, 0), (8, 2, 0), (9, 3, 0)]
+    looks = (batch.mask[:, 0] == 0).int().tolist()  # the last three columns
+    assert looks[0] == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    assert looks[1][:2] == [[1, 0, 1, 0, 0], [1, 0, 0, 1, 0]]
     lowest = batch.mask.min()
     assert lowest.isfinite() and lowest.to(torch.bfloat16).isfinite() and lowest < -1e38
 
 
+def test_plain_batch_by_hand(backbone):
+    """packed=False: a row an answer, in the order of the answers, so that both forms have one table of log-probabilities."""
+    batch = collate(backbone, hand_rows(), {}, packed=False)
+    pad = backbone.tokenizer.pad_token_id
+    assert batch.ids.tolist() == [[3, 4, 5, 6], [3, 4, 7, pad], [4, 8, pad, pad], [4, 9, pad, pad]]
+    assert batch.mask is None and batch.size == (2, 2)
+    assert list(zip(batch.token.tolist(), batch.answer.tolist(), strict=True)) == [(5, 0), (6, 0), (7, 1), (8, 2), (9, 3)]
+
+
 def test_every_row_of_a_mask_sees_something():
-    segment = torch.tensor([[-1, -1, 0, 0, 1, 1, 2], [0, 0, 0, 1, 2, 3, 3]])
-    assert (packed_mask(segment) == 0).any(-1).all()
+    segment = torch.tensor([[0, 0, -1, -1, 1, 1, 2, -1], [0, 0, 0, 0, 1, 2, 3, 3]])
+    mask = answer_mask(segment, 4)
+    assert mask.shape == (2, 1, 4, 8)
+    assert (mask == 0).any(-1).all()
 
 
 def test_too_long_a_prompt_names_user_length_and_context(make, catalog, gallery):

@@ -135,9 +135,9 @@ def test_ablations(launch, sft, ablation):
 @pytest.mark.equation("DPO-1", "HN-11")
 @pytest.mark.parametrize(("task", "ablation"), [("ranking", "full"), ("ranking", "dpo"), ("binary", "full")])
 def test_dpo_moves_toward_what_the_user_chose(launch, data, checkpoints, sft, task, ablation):
-    """Six users, 24 steps: for every example the saved policy prefers the user's item over the other one by more than the SFT
+    """Six users, 40 steps: for every example the saved policy prefers the user's item over the other one by more than the SFT
     policy did. What was chosen is read from the data, not from the pairs."""
-    out, log, _ = launch(train_dpo.main, "--targets-per-user", 1, "--users-to", 0.25, "--epochs", 24, "--micro-batch", 12, "--accumulation", 1,
+    out, log, _ = launch(train_dpo.main, "--targets-per-user", 1, "--users-to", 0.25, "--epochs", 40, "--micro-batch", 12, "--accumulation", 1,
                          "--learning-rate", 1e-2, "--lora-dropout", 0, "--sft", sft, "--task", task, "--ablation", ablation, "--sigma", 0.01)
     assert log[-1]["accuracy"] == 1 and log[-1]["margin"] > log[0]["margin"] + 0.1
     backbone, source, examples = source_of(data, checkpoints, task, users_to=0.25)
