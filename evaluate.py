@@ -8,7 +8,6 @@ the data folder and the same for every model: `random` (unseen items) and `hard`
 policy is compared with each other one, user by user.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,30 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from hanorec.backbone import Backbone, load_backbone
 from hanorec.candidates import draw_candidates, draw_hard_candidates, load_candidates, save_candidates
-from hanorec.catalog import Catalog, load_catalog
+from hanorec.catalog import data_hash, load_catalog
 from hanorec.config import DataConfig, EvalConfig, ModelConfig, parse
 from hanorec.errors import InputError, run
-from hanorec.files import claim_folder, sha256, write_json
+from hanorec.files import claim_folder, write_json
 from hanorec.interactions import Example, heldout_examples, load_interactions, select_users
-from hanorec.items import encode_pictures, item_embeddings, neighbors
+from hanorec.items import item_embeddings, neighbors
 from hanorec.lora import attach_policy, remove_adapters
 from hanorec.metrics import auc_rows, bootstrap_interval, ndcg_rows, paired_test, pooled_auc, rank_of_positive, similarity_groups
-from hanorec.prompts import Row, collate
-from hanorec.scoring import answer_log_probs, forward
-from hanorec.tasks import Source, print_missing_images, scoring_rows, used_rows
-from hanorec.training import autocast, chunks, compare_settings, print_budget, prompt_settings, write_run
+from hanorec.prompts import Row
+from hanorec.scoring import score_rows
+from hanorec.tasks import Source, load_pictures, print_missing_images, scoring_rows
+from hanorec.training import compare_settings, print_budget, prompt_settings, write_run
 
 AT = 3  # the document's cut-off
-
-
-def data_hash(catalog: Catalog) -> str:
-    """What the candidates were drawn from: the three splits and the titles."""
-    files = [*(catalog.directory / f"{split}.tsv" for split in ("train", "val", "test")), *catalog.directory.glob("*_titles.csv")]
-    return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()
 
 
 def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple[Source, dict[str, list[Example]]]:
@@ -54,13 +46,13 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
     for kind in ("random", "hard") if config.sets == "both" else (config.sets,):
         path = Path(data.data) / f"candidates_{config.split}_{kind}.json"
         facts = {"kind": kind, "neighbors": data.neighbors if kind == "hard" else None, "split": config.split, "seed": config.seed,
-                 "negatives": data.negatives, "data_sha256": data_hash(catalog)}
+                 "negatives": data.candidates - 1, "data_sha256": data_hash(catalog)}
         if not path.exists() and kind == "random":
-            save_candidates(path, draw_candidates(examples, catalog, data.negatives, config.seed), catalog, **facts)
+            save_candidates(path, draw_candidates(examples, catalog, data.candidates - 1, config.seed), catalog, **facts)
         elif not path.exists():
-            pictures = encode_pictures(backbone, catalog, range(len(catalog.ids)))
+            pictures = load_pictures(backbone, catalog, data)
             near = neighbors(backbone, catalog, pictures, data.neighbors)[2].cpu().numpy()
-            drawn = draw_hard_candidates(examples, catalog, near, data.negatives, config.seed)
+            drawn = draw_hard_candidates(examples, catalog, near, data.candidates - 1, config.seed)
             save_candidates(path, drawn, catalog, **facts, embedding=f"input embeddings of {backbone.path}")
         sets[kind] = load_candidates(path, examples, catalog, **facts)
     if config.user is not None:
@@ -76,32 +68,19 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
     if repeats := sum(e.target in interactions.before(e.user, config.split) for e in chosen):
         print(f"note: {repeats} of {len(chosen)} targets are items that their user had before; copying from the history finds them")
     print_missing_images(catalog)
-    needed = set().union(*(used_rows(drawn) for drawn in sets.values()))
+    pictures = pictures or load_pictures(backbone, catalog, data)
     if config.images == "shuffled":  # a cycle through all owners of an image, so that nobody keeps its own
-        owners = np.random.default_rng(config.seed).permutation([row for row, path in enumerate(catalog.images) if path is not None])
-        images = list(catalog.images)
-        for row, other in zip(owners, np.roll(owners, 1), strict=True):
-            images[row] = catalog.images[other]
-        catalog, pictures = replace(catalog, images=tuple(images)), {}
-    if not pictures:
-        pictures = encode_pictures(backbone, catalog, needed)
+        owners = np.random.default_rng(config.seed).permutation(list(pictures)).tolist()
+        pictures = {row: pictures[other] for row, other in zip(owners, np.roll(owners, 1).tolist(), strict=True)}
     return Source(backbone, catalog, pictures, data), sets
 
 
-@torch.no_grad()
 def score(source: Source, rows: list[Row], users: int, batch: int) -> dict[str, np.ndarray]:
     """EV-1 for every candidate of every user: {"sum": (U, C), "mean": (U, C)}; binary: log P(Yes) - log P(No). rows: `scoring_rows`."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))  # like lengths together: less padding
-    per_row = {"sum": {}, "mean": {}}
-    for part in tqdm(list(chunks(order, batch)), desc="users", disable=None, leave=False):
-        micro = collate(source.backbone, [rows[i] for i in part], source.pictures)
-        with autocast(source.backbone):
-            logits = forward(source.backbone, micro)
-        for kind, found in per_row.items():
-            log_probs = answer_log_probs(logits, micro, mean=kind == "mean")  # (B, A)
-            values = log_probs if source.config.task == "ranking" else log_probs[:, 0] - log_probs[:, 1]
-            found.update(zip(part, values.double().cpu().numpy(), strict=True))
-    return {kind: np.stack([found[i] for i in range(len(rows))]).reshape(users, -1) for kind, found in per_row.items()}
+    both = score_rows(source.backbone, rows, source.pictures, batch, "users", source.config.plain)  # each (rows, A)
+    if source.config.task == "binary":
+        both = [log_probs[:, 0] - log_probs[:, 1] for log_probs in both]
+    return {kind: values.double().numpy().reshape(users, -1) for kind, values in zip(("sum", "mean"), both, strict=True)}
 
 
 def summarise(scores: np.ndarray, examples: list[Example], seed: int) -> dict[str, Any]:
@@ -165,11 +144,10 @@ def recommend(source: Source, examples: list[Example], policies: Sequence[str], 
 
 def similarity(source: Source, policies: Sequence[str]) -> dict[str, dict[str, list[float]]]:
     """EV-4 for each policy against the bare model, from last hidden states: mean cosine of ten groups of items, weakest first."""
-    pictures = encode_pictures(source.backbone, source.catalog, range(len(source.catalog.ids)))
     cosine = {}
     for policy in ["base", *policies]:
         use_policy(source.backbone, policy)
-        H, X, has_image = item_embeddings(source.backbone, source.catalog, pictures, "hidden")
+        H, X, has_image = item_embeddings(source.backbone, source.catalog, source.pictures, "hidden")
         cosine[policy] = torch.cosine_similarity(H, X)[has_image].numpy()
     groups = {policy: similarity_groups(cosine["base"], cosine[policy]) for policy in policies}
     for policy, (before, after) in groups.items():

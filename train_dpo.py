@@ -7,22 +7,28 @@ OUT receives the adapter, a copy of the SFT adapter that it stands on (OUT/below
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from hanorec.backbone import load_backbone
+from hanorec.catalog import data_hash
+from hanorec.checkpoint import drop_checkpoints, generators, load_checkpoint, open_run, save_checkpoint
 from hanorec.config import DataConfig, DpoConfig, ModelConfig, TrainConfig, parse
 from hanorec.errors import run
-from hanorec.files import claim_folder
+from hanorec.files import sha256
 from hanorec.hars import RunningReward, cluster_gap, hardness, pair_beta, responsiveness, reward_gap
 from hanorec.items import neighbors
-from hanorec.lora import adapters_off, add_lora, attach_policy, lora_noise, save_policy
+from hanorec.lora import adapters_off, add_lora, attach_policy, fingerprint, lora_noise, save_policy
 from hanorec.losses import dpo_loss, kl_divergence, preference_logit
 from hanorec.prompts import collate
-from hanorec.scoring import answer_log_probs, answer_logits, forward
-from hanorec.tasks import load_examples, preference_pairs
+from hanorec.reference import load_reference, rows_hash, save_reference
+from hanorec.scoring import answer_log_probs, answer_logits, forward, score_rows
+from hanorec.tasks import load_examples, preferences
 from hanorec.training import (
+    all_settings,
     append_log,
     autocast,
     check_finite,
@@ -37,25 +43,33 @@ from hanorec.training import (
 )
 
 
+def pair_logits(log_probs: Tensor, reference: Tensor) -> Tensor:
+    """h of every pair: (B, 1 + n) log-probabilities of the chosen and the rejected answers, twice -> (B n,)."""
+    w, l, ref_w, ref_l = log_probs[:, :1], log_probs[:, 1:], reference[:, :1], reference[:, 1:]
+    return preference_logit(w.expand_as(l).flatten(), l.flatten(), ref_w.expand_as(l).flatten(), ref_l.flatten())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    model_config, data, train, dpo = parse([ModelConfig, DataConfig, TrainConfig, DpoConfig], argv, __doc__)
-    out = claim_folder(train.out)
+    configs = model_config, data, train, dpo = parse([ModelConfig, DataConfig, TrainConfig, DpoConfig], argv, __doc__)
+    out = open_run(train.out, all_settings(configs), "adapter_config.json")
     torch.manual_seed(train.seed)
     backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels)
     policy, device = backbone.model, backbone.device
-    source, examples = load_examples(backbone, data, train, whole_catalog=dpo.hars)
-    pairs = preference_pairs(source, examples, train.seed)
-    print_budget([pair.row for pair in pairs], train.micro_batch, backbone)
+    source, examples = load_examples(backbone, data, train)
+    pairs = preferences(source, examples, train.seed, dpo.rejected, dpo.negatives)  # each: one prompt, n = dpo.rejected pairs
+    rows = [pair.row for pair in pairs]
+    print_budget(rows, train.micro_batch, backbone)
 
     # HaRS, the part that does not change during training: lambda of every pair, from the base model's view of the items.
-    chosen = torch.tensor([pair.chosen for pair in pairs], device=device)
-    rejected = torch.tensor([pair.rejected for pair in pairs], device=device)
-    lam = torch.ones(len(pairs), device=device)  # (P,)
+    rejected = torch.tensor([pair.rejected for pair in pairs], device=device)  # (prompts, n)
+    chosen = torch.tensor([pair.chosen for pair in pairs], device=device)[:, None].expand_as(rejected)
+    lam = torch.ones(rejected.shape, device=device)  # (prompts, n): one a pair
     if dpo.hars:
         e, scores, index = neighbors(backbone, source.catalog, source.pictures, dpo.k, dpo.embedding)
         form = "cosine" if dpo.ablation == "no_sam" else dpo.gap
-        delta = torch.cat([cluster_gap(e, scores, index, w, l, form) for w, l in zip(chosen.split(1024), rejected.split(1024), strict=True)])
-        lam = hardness(delta, dpo.hardness)
+        delta = torch.cat([cluster_gap(e, scores, index, w, l, form)
+                           for w, l in zip(chosen.flatten().split(1024), rejected.flatten().split(1024), strict=True)])
+        lam = hardness(delta, dpo.hardness).view(rejected.shape)
 
     if train.sft is not None:
         attach_policy(policy, train.sft)
@@ -66,42 +80,66 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained = [weight for layer in layers for weight in (layer.A, layer.B)]
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=0.0)
     noise = torch.Generator(device).manual_seed(train.seed)
-    running = RunningReward()
     size = train.micro_batch * train.accumulation
-    plan = [(epoch, batch) for epoch in range(train.epochs) for batch in global_batches(len(pairs), size, train.seed, epoch, least=3)]
-    write_run(out, [model_config, data, train, dpo], pairs=len(pairs), steps=len(plan), sigma_n=dpo.sigma_n,
-              lambda_range=[lam.min().item(), lam.max().item()], trained_weights=sum(w.numel() for w in trained))
+    plan = [(epoch, batch) for epoch in range(train.epochs) for batch in global_batches(len(rows), size, train.seed, epoch, least=-(-3 // dpo.rejected))]
+    facts = {"pairs": rejected.numel(), "steps": len(plan), "sigma_n": dpo.sigma_n, "lambda_range": [lam.min().item(), lam.max().item()],
+             "trained_weights": sum(w.numel() for w in trained)}
 
-    for step, (epoch, batch) in enumerate(tqdm(plan, desc=dpo.ablation, disable=None)):
+    # The frozen reference, once for all epochs: log pi_ref of every answer, (prompts, 1 + n).
+    live = data.plain or dpo.reference == "live"
+    if not live:
+        path = out / "reference.safetensors" if dpo.reference == "once" else Path(dpo.reference)
+        depends = {"stands_on": fingerprint(policy), "adapter": train.sft and sha256(Path(train.sft) / "adapter_model.safetensors"),
+                   "dtype": str(policy.dtype), "data": data_hash(source.catalog), "prompt": prompt_settings(model_config, data),
+                   "rows": rows_hash(rows, source.pictures)}
+        known = dpo.reference != "once" or path.exists()
+        reference = load_reference(path, depends).to(device) if known else None
+        write_run(out, configs, **facts)
+        if reference is None:
+            with adapters_off(policy):
+                reference = score_rows(backbone, rows, source.pictures, train.micro_batch, "reference")[0].to(device)
+            save_reference(path, reference, depends)
+    else:
+        write_run(out, configs, **facts)
+
+    random = generators(device, noise=noise)
+    done, carried = load_checkpoint(out, trained, optimizer, random)
+    running = RunningReward(**carried)
+
+    for step, (epoch, batch) in tqdm(list(enumerate(plan))[done:], dpo.ablation, initial=done, total=len(plan), disable=None):
         rate = train.learning_rate * cosine(step, len(plan))
         optimizer.param_groups[0]["lr"] = rate
         parts = list(chunks(batch, train.micro_batch))
-        micros = [collate(backbone, [pairs[i].row for i in part], source.pictures) for part in parts]
+        micros = [collate(backbone, [rows[i] for i in part], source.pictures, packed=not data.plain) for part in parts]
 
         # Reference, and clean policy for the reward gaps; no gradient, no noise, no dropout.
         policy.eval()
         with torch.no_grad(), autocast(backbone):
-            with adapters_off(policy):
-                ref = [answer_log_probs(forward(backbone, micro), micro) for micro in micros]  # each (B, 2): w, l
+            if live:
+                with adapters_off(policy):
+                    ref = torch.cat([answer_log_probs(forward(backbone, micro), micro) for micro in micros])
+            else:
+                ref = reference[batch]  # (B, 1 + n): w, l, l ...
             if dpo.hars:
-                clean = torch.cat([answer_log_probs(forward(backbone, micro), micro) for micro in micros])
-                R = reward_gap(preference_logit(*clean.T, *torch.cat(ref).T), dpo.beta0)  # (P,)
+                # In the first step the policy is the reference: a gap would be what two forwards round differently.
+                clean = torch.cat([answer_log_probs(forward(backbone, micro), micro) for micro in micros]) if step else ref
+                R = reward_gap(pair_logits(clean, ref), dpo.beta0)  # (B n,)
                 mean_std = running.update(R) if dpo.eta == "ema" else (None, None)
                 eta = responsiveness(R, dpo.trim, *mean_std)
-                beta = pair_beta(lam[batch], eta, dpo.beta0)  # (P,)
+                beta = pair_beta(lam[batch], eta, dpo.beta0)  # (B, n)
             else:
-                eta, beta = torch.ones(()), torch.full((len(batch),), dpo.beta0, device=device)
+                eta, beta = torch.ones(()), torch.full_like(lam[batch], dpo.beta0)
 
         # One draw of noise for the whole step: forward and backward of every micro-batch see the same weights.
         policy.train()
         h, rewards, losses, kls = [], [], 0.0, []
         with lora_noise(policy, dpo.sigma_n, noise, dpo.noise):
-            for micro, ref_part, beta_part in zip(micros, ref, beta.split(train.micro_batch), strict=True):
+            for micro, ref_part, beta_part in zip(micros, ref.split(train.micro_batch), beta.split(train.micro_batch), strict=True):
                 with autocast(backbone):
-                    logits = forward(backbone, micro)  # (B, keep, V)
-                log_probs = answer_log_probs(logits, micro)  # (B, 2)
-                h_part = preference_logit(*log_probs.T, *ref_part.T)  # (B,)
-                loss = dpo_loss(h_part, beta_part, dpo.beta0 if dpo.normalised else None).sum() / len(batch)
+                    logits = forward(backbone, micro)  # (B, L, V)
+                log_probs = answer_log_probs(logits, micro)  # (B, 1 + n)
+                h_part = pair_logits(log_probs, ref_part)  # (B n,)
+                loss = dpo_loss(h_part, beta_part.flatten(), dpo.beta0 if dpo.normalised else None).sum() / beta.numel()
                 if dpo.kl_coef > 0 or dpo.log_kl:
                     with torch.no_grad(), adapters_off(policy), autocast(backbone):
                         ref_logits = forward(backbone, micro)
@@ -114,20 +152,23 @@ def main(argv: Sequence[str] | None = None) -> None:
                 h.append(h_part.detach())
                 rewards.append(dpo.beta0 * (log_probs.detach() - ref_part))
         norm = torch.nn.utils.clip_grad_norm_(trained, train.clip).item()
-        check_finite(losses, norm, step, [pairs[i].row.name for i in batch])
+        check_finite(losses, norm, step, [rows[i].name for i in batch])
         optimizer.step()
         optimizer.zero_grad()
 
         h, rewards = torch.cat(h), torch.cat(rewards)
         append_log(out / "log.jsonl", {
             "step": step, "epoch": epoch, "loss": losses, "accuracy": (h > 0).float().mean().item(),
-            "chosen_reward": rewards[:, 0].mean().item(), "rejected_reward": rewards[:, 1].mean().item(),
+            "chosen_reward": rewards[:, 0].mean().item(), "rejected_reward": rewards[:, 1:].mean().item(),
             "margin": dpo.beta0 * h.mean().item(), "lambda": lam[batch].mean().item(), "lambda_min": lam[batch].min().item(),
             "lambda_max": lam[batch].max().item(), "eta": eta.item(), "beta": beta.mean().item(), "beta_min": beta.min().item(),
             "beta_max": beta.max().item(), "kl": sum(kls) if kls else None, "gradient_norm": norm, "learning_rate": rate})
+        if (step + 1) % train.save_every == 0:
+            save_checkpoint(out, step + 1, trained, optimizer, random, mean=running.mean, variance=running.variance)
 
     save_policy(policy, out, model_config.model, train.sft, stage="dpo", prompt=prompt_settings(model_config, data), ablation=dpo.ablation)
-    print(f"wrote the adapter to {out}; last loss {losses:.4f}")
+    drop_checkpoints(out)
+    print(f"wrote the adapter to {out}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python train_sft.py --model MODEL --data DATA --out OUT
 
-OUT receives the LoRA adapter (PEFT's files), log.jsonl (a line an optimizer step) and run.json.
+OUT receives the LoRA adapter (PEFT's files), log.jsonl (a line an optimizer step) and run.json. A run that was killed goes on when
+the same command is given again.
 """
 
 from collections.abc import Sequence
@@ -11,15 +12,16 @@ import torch
 from tqdm import tqdm
 
 from hanorec.backbone import load_backbone
+from hanorec.checkpoint import drop_checkpoints, generators, load_checkpoint, open_run, save_checkpoint
 from hanorec.config import DataConfig, ModelConfig, TrainConfig, parse
 from hanorec.errors import run
-from hanorec.files import claim_folder
 from hanorec.lora import add_lora, attach_policy, save_policy
 from hanorec.losses import sft_loss
 from hanorec.prompts import collate
 from hanorec.scoring import forward
 from hanorec.tasks import load_examples, sft_rows
 from hanorec.training import (
+    all_settings,
     append_log,
     autocast,
     check_finite,
@@ -35,11 +37,11 @@ from hanorec.training import (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    model_config, data, config = parse([ModelConfig, DataConfig, TrainConfig], argv, __doc__)
-    out = claim_folder(config.out)
+    configs = model_config, data, config = parse([ModelConfig, DataConfig, TrainConfig], argv, __doc__)
+    out = open_run(config.out, all_settings(configs), "adapter_config.json")
     torch.manual_seed(config.seed)
     backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels)
-    source, examples = load_examples(backbone, data, config, whole_catalog=False)
+    source, examples = load_examples(backbone, data, config)
     rows = sft_rows(source, examples, config.seed)
     print_budget(rows, config.micro_batch, backbone)
 
@@ -54,10 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     size = config.micro_batch * config.accumulation
     plan = [(epoch, batch) for epoch in range(config.epochs) for batch in global_batches(len(rows), size, config.seed, epoch)]
-    write_run(out, [model_config, data, config], rows=len(rows), steps=len(plan), trained_weights=sum(w.numel() for w in trained))
+    write_run(out, configs, rows=len(rows), steps=len(plan), trained_weights=sum(w.numel() for w in trained))
+
+    random = generators(backbone.device)
+    done, _ = load_checkpoint(out, trained, optimizer, random)
 
     policy.train()
-    for step, (epoch, batch) in enumerate(tqdm(plan, desc="SFT", disable=None)):
+    for step, (epoch, batch) in tqdm(list(enumerate(plan))[done:], "SFT", initial=done, total=len(plan), disable=None):
         rate = config.learning_rate * cosine(step, len(plan))
         optimizer.param_groups[0]["lr"] = rate
         tokens, total = sum(len(rows[i].answers[0]) for i in batch), 0.0
@@ -74,9 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.step()
         optimizer.zero_grad()
         append_log(out / "log.jsonl", {"step": step, "epoch": epoch, "loss": total, "gradient_norm": norm, "learning_rate": rate})
+        if (step + 1) % config.save_every == 0:
+            save_checkpoint(out, step + 1, trained, optimizer, random)
 
     save_policy(policy, out, model_config.model, config.sft, stage="sft", prompt=prompt_settings(model_config, data))
-    print(f"wrote the adapter to {out}; last loss {total:.4f}")
+    drop_checkpoints(out)
+    print(f"wrote the adapter to {out}")
 
 
 if __name__ == "__main__":

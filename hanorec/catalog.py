@@ -12,6 +12,7 @@ file order.
 """
 
 import csv
+import hashlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hanorec.errors import InputError
-from hanorec.files import read_json
+from hanorec.files import read_json, sha256
 from hanorec.lines import numbered_lines, only_file
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -110,6 +111,12 @@ def _read_titles(path: Path) -> dict[str, str]:
     if not titles:
         raise InputError(f"{path}: no items; expected the header item,title and one row an item")
     return titles
+
+
+def data_hash(catalog: Catalog) -> str:
+    """SHA-256 of the three splits and the titles: what candidates are drawn from."""
+    files = [*(catalog.directory / f"{split}.tsv" for split in ("train", "val", "test")), *catalog.directory.glob("*_titles.csv")]
+    return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()
 
 
 def find_images(folder: Path, ids: dict[str, str] | set[str]) -> dict[str, Path]:

@@ -54,15 +54,17 @@ class DataConfig:
     data: str = option(help="folder in the native layout; `python -m hanorec.datasets.<source> RAW OUT` writes one")
     task: Literal["ranking", "binary"] = option("ranking", "document: rank the candidates; binary (authors' release): answer Yes or No on one item")
     history: int = option(5, "authors' release: how many past items the prompt shows")
-    negatives: int = option(9, "document: 1 + 9 candidates")
+    candidates: int = option(10, "document: items to choose from, the chosen one and 9 negatives")
     candidate_images: Literal["on", "off"] = option("on", "document: images of the candidates; off spares their tokens")
+    plain: bool = option(False, "ours: the slow path that the fast one is tested against: a forward an answer, the reference at every step, nothing kept")
     neighbors: int = option(50, "ours: hard negatives are drawn from so many nearest items of the positive")
     users_from: float = option(0.0, "ours: use the users from this fraction of a permutation of those in train.tsv ...")
     users_to: float = option(1.0, "ours: ... up to this one, so that stages can have users of their own")
     users_seed: int = option(2025, "ours: seed of that permutation, apart from --seed so that all runs mean the same people")
+    features: str | None = option(None, "ours: folder of the image features, a file for each base and set of images; none = the data folder")
 
     def __post_init__(self) -> None:
-        check(self, history=1, negatives=1, neighbors=1, users_seed=0)
+        check(self, history=1, candidates=2, neighbors=1, users_seed=0)
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,12 @@ class TrainConfig:
     accumulation: int = option(8, "document: micro-batches in one optimizer step")
     clip: float = option(1.0, "authors' release: largest norm of the gradient")
     seed: int = option(2025, "authors' release")
+    save_every: int = option(50, "ours: optimizer steps between checkpoints; a run that was killed goes on from the last one when started again")
     checkpointing: bool = option(False, "ours: recompute activations in backward, to spare memory")
 
     def __post_init__(self) -> None:
         check(self, targets_per_user=0, lora_rank=1, lora_alpha=TINY, lora_dropout=0, learning_rate=TINY, epochs=1, micro_batch=1,
-              accumulation=1, clip=TINY, seed=0)
+              accumulation=1, save_every=1, clip=TINY, seed=0)
         if self.lora_dropout >= 1:
             raise InputError(f"--lora-dropout {self.lora_dropout}: expected less than 1")
 
@@ -99,6 +102,9 @@ class DpoConfig:
     """HaRS, NoDO and the preference loss."""
 
     ablation: Literal["full", "no_hars", "no_nodo", "no_sam", "dpo"] = option("full", "document, ablation table; dpo = w/o ALL")
+    negatives: Literal["random", "same", "chns"] = option("random", "document 000; the rejected item is a random negative of the prompt, the one nearest to the chosen item, or (chns) nearest in one modality")
+    rejected: int = option(1, "document: rejected answers to a prompt; each makes a pair with the chosen one, all in one row")
+    reference: str = option("once", "ours: once = all log-probabilities of the frozen reference before training, kept in OUT/reference.safetensors; live = at every step; or such a file of another run")
     beta0: float = option(0.1, "document")
     k: int = option(10, "document: K of the Top-K clusters")
     embedding: Literal["input", "hidden"] = option("input", "ours: HN-1 from input embeddings, or from last hidden states")
@@ -114,7 +120,7 @@ class DpoConfig:
     log_kl: bool = option(False, "log the exact KL; costs one more forward")
 
     def __post_init__(self) -> None:
-        check(self, beta0=TINY, k=1, sigma=0, kl_coef=0, trim=TINY)
+        check(self, rejected=1, beta0=TINY, k=1, sigma=0, kl_coef=0, trim=TINY)
 
     @property
     def hars(self) -> bool:
@@ -145,6 +151,56 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check(self, batch=1, seed=0, top_k=1)
+
+
+@dataclass(frozen=True)
+class BrmrsFiles:
+    """What BR-MRS is trained on, where the run goes, and on what device."""
+
+    data: str = option(help="folder with NAME.inter, text_feat.npy and image_feat.npy, as the MMRec toolbox has them, or in the native layout")
+    out: str = option(help="folder of the run; one that holds an unfinished run of the same settings is gone on with")
+    model: str | None = option(None, "native layout only: the checkpoint whose embeddings of titles and images are the features")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "ours, of that checkpoint: bfloat16 on a GPU, float32 elsewhere")
+    max_pixels: int = option(224 * 224, "ours, low: pixels of an image after scaling down, for that checkpoint")
+    device: str = option("auto", "ours: cuda if there is one, else cpu")
+
+
+@dataclass(frozen=True)
+class BrmrsConfig:
+    """BR-MRS: the recommender, its objective, and its training. Document 003 leaves backbone and training open."""
+
+    dim: int = option(64, "MMRec convention: width d of a branch")
+    layers: int = option(2, "MMRec convention: LightGCN layers on the user-item graph; 0 = no graph")
+    fusion: Literal["mlp", "concat", "sum"] = option("mlp", "ours: the later manuscript leaves its fusion open; concat: s_f = s_t + s_v; sum: with cross terms")
+    user_embedding: Literal["per_modality", "shared"] = option("per_modality", "later manuscript; shared (ours): one table for both branches")
+    item_embedding: Literal["per_branch", "none"] = option("per_branch", "ours; none: items are their features alone")
+    item_graph: int = option(0, "ours: off; k (later manuscript): smooth items over their k most alike items")
+    user_graph: int = option(0, "ours: off; k (later manuscript): smooth users over their k most alike users")
+    graph_alpha: float = option(0.5, "ours: weight of shared interactions in these two graphs, the rest is likeness of features")
+    normalise: bool = option(True, "ours: centre each feature and scale each item's features to length 1")
+    lambda_h: float = option(1.0, "ours, weight of L_chns (BR-6); 0 = off")
+    lambda_s: float = option(1.0, "ours, weight of L_syn (BR-6); 0 = off")
+    bpr_weight: float = option(1.0, "document 003, text of 4.3; 0 = the total that it displays (BR-6)")
+    theta: float = option(0.1, "ours: margin of L_syn; document 003 leaves it open, the later manuscript wants it above 0 (BR-4)")
+    detach: bool = option(False, "document 003: gradients reach the unimodal margins of L_syn too; on (ours): they do not (BR-4)")
+    pool: int = option(4, "ours: n, items in the pool of negatives (BR-1)")
+    routing: Literal["cross", "same", "random"] = option("cross", "document 003: each modality gets the other's hard negative; same, random: controls")
+    hard_fused: bool = option(False, "control: the i- of BPR is the pool's hardest item by s_f, not a uniform one")
+    unimodal_bpr: float = option(0.0, "control: weight of BPR on each branch by itself")
+    weight_decay: float = option(1e-4, "MMRec convention: weight of half the squared norm of the batch's embeddings (BR-6)")
+    learning_rate: float = option(1e-3, "MMRec convention, Adam")
+    batch: int = option(2048, "MMRec convention: training pairs in a step")
+    epochs: int = option(1000, "MMRec convention: at most; early stopping mostly comes first")
+    patience: int = option(20, "MMRec convention: stop after so many epochs without a better Recall@20 on validation")
+    seed: int = option(2025, "ours")
+
+    def __post_init__(self) -> None:
+        check(self, dim=1, layers=0, item_graph=0, user_graph=0, graph_alpha=0, lambda_h=0, lambda_s=0, bpr_weight=0, theta=0, pool=1,
+              unimodal_bpr=0, weight_decay=0, learning_rate=TINY, batch=1, epochs=1, patience=1, seed=0)
+        if self.graph_alpha > 1:
+            raise InputError(f"--graph-alpha {self.graph_alpha}: expected at most 1")
+        if not (self.bpr_weight or self.lambda_h or self.lambda_s or self.unimodal_bpr):
+            raise InputError("--bpr-weight, --lambda-h, --lambda-s and --unimodal-bpr are all 0, so there is nothing to learn; expected one above 0")
 
 
 def parse(types: Sequence[type], argv: Sequence[str] | None = None, about: str | None = None) -> tuple[Any, ...]:

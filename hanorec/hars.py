@@ -18,9 +18,9 @@ from hanorec.errors import InputError
 
 
 def mean_pool(vectors: Tensor) -> Tensor:
-    r"""One embedding of a title or an image: (n, d) token vectors or image features -> (d,), in float32 or wider."""
+    r"""One embedding of a title or an image: (..., n, d) token vectors or image features -> (..., d), in float32 or wider."""
     # HN-1: H_i = \frac{1}{n}\sum_{t} h_t \text{ over title tokens}, \quad X_i = \frac{1}{m}\sum_{p} x_p \text{ over patches}
-    return vectors.to(torch.promote_types(vectors.dtype, torch.float32)).mean(0)
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32)).mean(-2)
 
 
 def fuse(H: Tensor, X: Tensor, has_image: Tensor | None = None) -> Tensor:

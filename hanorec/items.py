@@ -1,6 +1,7 @@
 """What the MLLM knows of each item: its image features, and the embeddings H and X of HaRS (HN-1)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -9,27 +10,28 @@ from tqdm import tqdm
 from hanorec.backbone import Backbone, Picture, hidden_states, image_features, prompt_positions
 from hanorec.catalog import Catalog, read_image
 from hanorec.hars import fuse, mean_pool
-from hanorec.prompts import text_ids
 from hanorec.topk import topk_neighbors
 
 BATCH = 32  # images or titles in one forward
 
 
 def encode_pictures(backbone: Backbone, catalog: Catalog, rows: Iterable[int]) -> dict[int, Picture]:
-    """Catalogue row -> features of its image, for those of `rows` that have one.
+    """Catalogue row -> features of its image, for those of `rows` that have one: n tokens x width numbers an image, all in memory.
 
-    The vision tower is frozen in every stage, so each image needs it once. Held in memory: n tokens x width numbers an image.
+    The commands read the same from the feature file (features.py).
     """
+    return dict(encode(backbone, catalog, rows))
+
+
+def encode(backbone: Backbone, catalog: Catalog, rows: Iterable[int]) -> Iterator[tuple[int, Picture]]:
+    """`encode_pictures` as a stream, in the order of rows, of which one batch is in memory."""
     todo = [row for row in sorted(set(rows)) if catalog.images[row] is not None]
-    pictures: dict[int, Picture] = {}
     for start in tqdm(range(0, len(todo), BATCH), desc="images", disable=None, leave=False):
         part = todo[start : start + BATCH]
-        pictures.update(zip(part, image_features(backbone, [read_image(catalog.images[row]) for row in part]), strict=True))
-    return pictures
+        yield from zip(part, image_features(backbone, [read_image(catalog.images[row]) for row in part]), strict=True)
 
 
-@torch.no_grad()
-def item_embeddings(backbone: Backbone, catalog: Catalog, pictures: dict[int, Picture],
+def item_embeddings(backbone: Backbone, catalog: Catalog, pictures: Mapping[int, Picture],
                     form: str = "input") -> tuple[Tensor, Tensor, Tensor]:
     """HN-1 for the whole catalogue.
 
@@ -39,41 +41,36 @@ def item_embeddings(backbone: Backbone, catalog: Catalog, pictures: dict[int, Pi
         H (N, d), X (N, d) with zeros where there is no image, has_image (N,) bool; float32 on the CPU.
     """
     n = len(catalog.ids)
-    H, X = torch.zeros(n, backbone.width), torch.zeros(n, backbone.width)
-    has_image = torch.tensor([row in pictures for row in range(n)])
-    titles = [text_ids(backbone, title) for title in catalog.titles]
-    if form == "input":
-        embed = backbone.model.get_input_embeddings()
-        for row in range(n):
-            H[row] = mean_pool(embed(torch.tensor(titles[row], device=backbone.device))).cpu()
-            if row in pictures:
-                X[row] = mean_pool(pictures[row].features)
-        return H, X, has_image
-    for start in tqdm(range(0, n, BATCH), desc="items", disable=None, leave=False):
-        part = range(start, min(start + BATCH, n))
-        H[list(part)] = _pooled_hidden(backbone, [(titles[row], None) for row in part])
-        if seen := [row for row in part if row in pictures]:
-            alone = [([backbone.image_token] * len(pictures[row].features), pictures[row]) for row in seen]
-            X[seen] = _pooled_hidden(backbone, alone)
+    X, has_image = torch.zeros(n, backbone.width), torch.tensor([row in pictures for row in range(n)])
+    titles = backbone.tokenizer(list(catalog.titles), add_special_tokens=False, split_special_tokens=True)["input_ids"]  # `text_ids` of all
+    H = _pooled(backbone, [(ids, None) for ids in titles], form)
+    if pictures:
+        token, shown = backbone.image_token, [pictures[row] for row in range(n) if row in pictures]
+        X[has_image] = _pooled(backbone, [([token] * len(picture.features), picture) for picture in shown], form)
     return H, X, has_image
 
 
-def _pooled_hidden(backbone: Backbone, inputs: list[tuple[list[int], Picture | None]]) -> Tensor:
-    """Mean last hidden state of each token list on its own: (B, d)."""
-    width = max(len(ids) for ids, _ in inputs)
-    ids, mask = torch.zeros(len(inputs), width, dtype=torch.long), torch.zeros(len(inputs), width, dtype=torch.long)
-    parts = [prompt_positions(backbone, tokens, [picture.grid] if picture else []) for tokens, picture in inputs]
-    positions = torch.zeros(len(parts[0]), len(inputs), width, dtype=torch.long)
-    for b, (tokens, _) in enumerate(inputs):  # padding on the right: a causal model never sees it
-        ids[b, : len(tokens)], mask[b, : len(tokens)], positions[:, b, : len(tokens)] = torch.tensor(tokens), 1, parts[b]
-    shown = [picture.features for _, picture in inputs if picture]
-    features = torch.cat(shown) if shown else torch.zeros(0, backbone.width)
-    device = backbone.device
-    hidden = hidden_states(backbone, ids.to(device), positions.to(device), mask.to(device), features).cpu()
-    return torch.stack([mean_pool(hidden[b, : len(tokens)]) for b, (tokens, _) in enumerate(inputs)])
+@torch.no_grad()
+def _pooled(backbone: Backbone, inputs: list[tuple[list[int], Picture | None]], form: str) -> Tensor:
+    """The mean vector (B, d) of each title, or image, on its own. Those of one shape go together, so that nothing is padded."""
+    pooled, embed, device = torch.zeros(len(inputs), backbone.width), backbone.model.get_input_embeddings(), backbone.device
+    shapes = [(len(ids), [] if picture is None or picture.grid is None else picture.grid.tolist()) for ids, picture in inputs]
+    groups = [list(group) for _, group in groupby(sorted(range(len(inputs)), key=shapes.__getitem__), shapes.__getitem__)]
+    batches = [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
+    for batch in tqdm(batches, desc="items", disable=None, leave=False):
+        ids = torch.tensor([inputs[i][0] for i in batch], device=device)  # (b, n)
+        seen = [picture for i in batch if (picture := inputs[i][1]) is not None]
+        if form == "input":
+            vectors = torch.stack([picture.features for picture in seen]) if seen else embed(ids)  # (b, n, d)
+        else:
+            positions = prompt_positions(backbone, inputs[batch[0]][0], [picture.grid for picture in seen[:1]])  # (R, n), the same for all
+            features = torch.cat([picture.features for picture in seen]) if seen else pooled[:0]  # (b n, d), or none
+            vectors = hidden_states(backbone, ids, positions[:, None].expand(-1, len(batch), -1).to(device), None, features)
+        pooled[batch] = mean_pool(vectors).cpu()
+    return pooled
 
 
-def neighbors(backbone: Backbone, catalog: Catalog, pictures: dict[int, Picture], k: int,
+def neighbors(backbone: Backbone, catalog: Catalog, pictures: Mapping[int, Picture], k: int,
               form: str = "input") -> tuple[Tensor, Tensor, Tensor]:
     """HN-1 to HN-3 in one go: e (N, d), scores (N, K), index (N, K), on the backbone's device."""
     e = fuse(*item_embeddings(backbone, catalog, pictures, form)).to(backbone.device)

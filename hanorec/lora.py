@@ -252,7 +252,8 @@ def attach_adapter(model: nn.Module, directory: str | Path) -> None:
 def save_policy(model: nn.Module, directory: str | Path, base: str, below: str | Path | None, **facts: Any) -> None:
     """`save_adapter`, with a copy of the adapter it stands on in the folder `below`, so that the folder is whole by itself."""
     if below is not None:
-        shutil.copytree(below, Path(directory) / "below", ignore=shutil.ignore_patterns("log.jsonl", "run.json"))
+        shutil.copytree(below, Path(directory) / "below", dirs_exist_ok=True,  # there already, if a run was killed here
+                        ignore=shutil.ignore_patterns("log.jsonl", "run.json", "reference.safetensors", "*.png"))
     save_adapter(model, directory, base, **facts)
 
 

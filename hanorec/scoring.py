@@ -1,11 +1,15 @@
 """Log-probabilities of answers: EV-1's score, and the four numbers of DPO-1."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from hanorec.backbone import Backbone, hidden_states
+from hanorec.backbone import Backbone, Picture, hidden_states
 from hanorec.losses import token_log_probs
-from hanorec.prompts import Batch
+from hanorec.prompts import Batch, Row, collate
+from hanorec.training import autocast, chunks
 
 
 def forward(backbone: Backbone, batch: Batch) -> Tensor:
@@ -33,3 +37,20 @@ def answer_log_probs(logits: Tensor, batch: Batch, mean: bool = False) -> Tensor
     if mean:
         total = total / torch.bincount(batch.answer, minlength=len(total))
     return total.view(prompts, answers)
+
+
+@torch.no_grad()
+def score_rows(backbone: Backbone, rows: Sequence[Row], pictures: Mapping[int, Picture], batch: int, about: str, plain: bool = False) -> tuple[Tensor, Tensor]:
+    """`answer_log_probs` of many rows, `batch` at a time: sums (P, A) and means per token (P, A), float32, on the CPU.
+
+    Every prompt is computed once, whatever the number of its answers; plain: once an answer. about: the name of the progress bar.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))  # like lengths together: less padding
+    sums, means = torch.zeros(len(rows), len(rows[0].answers)), torch.zeros(len(rows), len(rows[0].answers))
+    for part in tqdm(list(chunks(order, batch)), desc=about, disable=None, leave=False):
+        micro = collate(backbone, [rows[i] for i in part], pictures, packed=not plain)
+        with autocast(backbone):
+            logits = forward(backbone, micro)
+        sums[part] = answer_log_probs(logits, micro).cpu().float()
+        means[part] = answer_log_probs(logits, micro, mean=True).cpu().float()
+    return sums, means

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from hanorec import prompts
@@ -12,8 +14,10 @@ from hanorec.candidates import draw_candidates, draw_hard_candidates
 from hanorec.catalog import Catalog, load_catalog
 from hanorec.config import DataConfig, TrainConfig
 from hanorec.errors import InputError
+from hanorec.features import stored_pictures
+from hanorec.hars import fuse
 from hanorec.interactions import Example, load_interactions, select_users, training_examples
-from hanorec.items import encode_pictures, neighbors
+from hanorec.items import encode_pictures, item_embeddings, neighbors
 from hanorec.prompts import Row
 
 
@@ -38,9 +42,15 @@ class Source:
         return prompts.encode_row(self.backbone, example.user, parts, self.pictures, [prompts.answer_ids(self.backbone, a) for a in answers])
 
 
-def load_examples(backbone: Backbone, data: DataConfig, config: TrainConfig, whole_catalog: bool) -> tuple[Source, list[Example]]:
-    """What both stages start from: the training examples with their candidates, and the pictures (of the whole catalogue or
-    of what the prompts show)."""
+def load_pictures(backbone: Backbone, catalog: Catalog, data: DataConfig) -> dict[int, Picture]:
+    """Features of every image of the catalogue, from the feature file; --plain computes them anew."""
+    if data.plain:
+        return encode_pictures(backbone, catalog, range(len(catalog.ids)))
+    return stored_pictures(backbone, catalog, data.features or data.data)
+
+
+def load_examples(backbone: Backbone, data: DataConfig, config: TrainConfig) -> tuple[Source, list[Example]]:
+    """What both stages start from: the training examples with their candidates, and the pictures."""
     catalog = load_catalog(data.data)
     interactions = load_interactions(data.data, catalog)
     users = select_users(interactions.train, data.users_from, data.users_to, data.users_seed)
@@ -51,12 +61,11 @@ def load_examples(backbone: Backbone, data: DataConfig, config: TrainConfig, who
         raise InputError(f"{data.data}: none of the {len(users)} users has two training items, expected some; choose other users or more data")
     print_missing_images(catalog)
     if config.draw == "random":
-        examples = draw_candidates(examples, catalog, data.negatives, config.seed)
-    whole_catalog = whole_catalog or config.draw == "hard"
-    pictures = encode_pictures(backbone, catalog, range(len(catalog.ids)) if whole_catalog else used_rows(examples))
+        examples = draw_candidates(examples, catalog, data.candidates - 1, config.seed)
+    pictures = load_pictures(backbone, catalog, data)
     if config.draw == "hard":
         _, _, index = neighbors(backbone, catalog, pictures, data.neighbors)
-        examples = draw_hard_candidates(examples, catalog, index.cpu().numpy(), data.negatives, config.seed)
+        examples = draw_hard_candidates(examples, catalog, index.cpu().numpy(), data.candidates - 1, config.seed)
     return Source(backbone, catalog, pictures, data), examples
 
 
@@ -66,17 +75,32 @@ def print_missing_images(catalog: Catalog) -> None:
         print(f"{missing} of {len(catalog.ids)} items of {catalog.name} have no image: prompts show their titles alone")
 
 
-def used_rows(examples: Sequence[Example]) -> set[int]:
-    """Every catalogue row that a prompt of these examples may show."""
-    return {row for example in examples for row in (*example.history, *example.candidates)}
+def negatives_of(example: Example, seed: int, count: int = 1, near: Sequence[Tensor] = ()) -> list[int]:
+    """`count` of the example's negatives: at random, or those nearest to the target in one of the views in `near`, drawn at random.
 
-
-def negative_of(example: Example, seed: int) -> int:
-    """One of the example's negatives, drawn uniformly; it depends on the seed and on the example's own candidate set."""
+    near: unit rows (N, d) of the catalogue, see `views`. A view in which the target is all zeros (it has no image) gives way to the
+    first. The draw depends on the seed and on the example's own prompt.
+    """
     negatives = [row for row in example.candidates if row != example.target]
-    if not negatives:
-        raise InputError(f"user {example.user!r}: no negative among the candidates, expected at least one; raise --negatives")
-    return int(np.random.default_rng([seed, *example.candidates, *example.history]).choice(negatives))
+    if len(negatives) < count:
+        raise InputError(f"user {example.user!r}: {len(negatives)} negatives among the candidates, expected at least {count}; raise --candidates")
+    rng = np.random.default_rng([seed, *example.candidates, *example.history])
+    if not near:
+        return rng.choice(negatives, count, replace=False).tolist()
+    view = near[rng.integers(len(near))]
+    view = view if view[example.target].any() else near[0]
+    likeness = view[negatives] @ view[example.target]  # (C - 1,)
+    return [negatives[i] for i in likeness.argsort(descending=True, stable=True)[:count].tolist()]
+
+
+def views(source: Source, kind: str) -> list[Tensor]:
+    r"""What `negatives_of` calls near. random: nothing. same: e of HN-2, both modalities at once. chns: title alone, or image alone,
+    so that the rejected item is what one modality confuses with the chosen one and the other has to tell apart (the argmax of BR-2,
+    with the likeness to the chosen item as the modality's score)."""
+    if kind == "random":
+        return []
+    H, X, has_image = item_embeddings(source.backbone, source.catalog, source.pictures)
+    return [fuse(H, X, has_image)] if kind == "same" else [F.normalize(H, dim=1), F.normalize(X, dim=1)]
 
 
 def sft_rows(source: Source, examples: Sequence[Example], seed: int) -> list[Row]:
@@ -87,37 +111,41 @@ def sft_rows(source: Source, examples: Sequence[Example], seed: int) -> list[Row
             rows.append(source.ranking_row(example, [example.target]))
         else:
             rows.append(source.binary_row(example, example.target, [prompts.YES]))
-            rows.append(source.binary_row(example, negative_of(example, seed), [prompts.NO]))
+            rows.append(source.binary_row(example, negatives_of(example, seed)[0], [prompts.NO]))
     return rows
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One preference pair: a row with the answers (y_w, y_l), and the two items (w, l) whose likeness is its hardness."""
+class Preference:
+    """One prompt and its preference pairs: a row with the answers (y_w, y_l, y_l ...), and the items (w, l, l ...) behind them."""
 
     row: Row
     chosen: int
-    rejected: int
+    rejected: list[int]
 
 
-def preference_pairs(source: Source, examples: Sequence[Example], seed: int) -> list[Pair]:
-    """ranking: the target's title against one negative's. binary: Yes against No on the target, No against Yes on one negative.
+def preferences(source: Source, examples: Sequence[Example], seed: int, count: int = 1, kind: str = "random") -> list[Preference]:
+    """ranking: the target's title against those of `count` negatives. binary: Yes against No on the target, No against Yes on one.
 
-    Raises InputError where the two titles are equal: their log-probabilities always are, so nothing can be learnt.
+    kind: which negatives, see `views`. Raises InputError where two titles are equal: their log-probabilities always are, so nothing
+    can be learnt; and for the binary task with a count above 1.
     """
-    pairs = []
+    if source.config.task == "binary" and count > 1:
+        raise InputError(f"--rejected {count} with --task binary: expected 1, since the only other answer is No; use --task ranking")
+    found, near = [], views(source, kind)
     for example in tqdm(examples, desc="prompts", disable=None, leave=False):
-        chosen, rejected = example.target, negative_of(example, seed)
+        chosen, rejected = example.target, negatives_of(example, seed, count, near)
         if source.config.task == "ranking":
             titles, ids = source.catalog.titles, source.catalog.ids
-            if titles[chosen] == titles[rejected]:
-                raise InputError(f"user {example.user!r}: items {ids[chosen]!r} and {ids[rejected]!r} have one title {titles[chosen]!r}, "
-                                 "expected two; the answer is a title, so they cannot be a pair")
-            pairs.append(Pair(source.ranking_row(example, [chosen, rejected]), chosen, rejected))
+            for row in rejected:
+                if titles[chosen] == titles[row]:
+                    raise InputError(f"user {example.user!r}: items {ids[chosen]!r} and {ids[row]!r} have one title {titles[chosen]!r}, "
+                                     "expected two; the answer is a title, so they cannot be a pair")
+            found.append(Preference(source.ranking_row(example, [chosen, *rejected]), chosen, rejected))
         else:
-            pairs.append(Pair(source.binary_row(example, chosen, [prompts.YES, prompts.NO]), chosen, rejected))
-            pairs.append(Pair(source.binary_row(example, rejected, [prompts.NO, prompts.YES]), chosen, rejected))
-    return pairs
+            found.append(Preference(source.binary_row(example, chosen, [prompts.YES, prompts.NO]), chosen, rejected))
+            found.append(Preference(source.binary_row(example, rejected[0], [prompts.NO, prompts.YES]), chosen, rejected))
+    return found
 
 
 def scoring_rows(source: Source, examples: Sequence[Example]) -> list[Row]:

@@ -84,10 +84,15 @@ def compare_settings(directory: str | Path, settings: dict[str, Any]) -> None:
             print(f"note: {directory} was trained with {name} = {trained[name]}, this command uses {value}")
 
 
+def all_settings(configs: Sequence[Any]) -> dict[str, Any]:
+    """The settings of a command as one dictionary."""
+    return {name: value for config in configs for name, value in asdict(config).items()}
+
+
 def write_run(out: Path, configs: Sequence[Any], **facts: Any) -> None:
     """run.json: what was run, with what, on what."""
     write_json(out / "run.json", {
-        "command": Path(sys.argv[0]).name, "settings": {k: v for config in configs for k, v in asdict(config).items()}, **facts,
+        "command": Path(sys.argv[0]).name, "settings": all_settings(configs), **facts,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
                      "numpy": np.__version__},
         "git_revision": git_revision()})
@@ -114,4 +119,4 @@ def check_finite(loss: float, norm: float, step: int, users: Sequence[str]) -> N
     """Stop before a broken step reaches the weights: InputError names the step, the values and the users of the batch."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise InputError(f"step {step}: loss {loss}, gradient norm {norm}, expected finite numbers; users of the batch: "
-                         f"{', '.join(users)}; nothing was updated: lower --learning-rate or --sigma, or look at these users' items and at the checkpoint's weights")
+                         f"{', '.join(users)}; nothing was updated, the last checkpoint stands: lower --learning-rate or --sigma, or look at these users' items and at the checkpoint's weights")

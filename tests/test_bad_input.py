@@ -227,7 +227,7 @@ def test_output_folder_in_use(capsys, model, copy, tmp_path):
     (["--lora-dropout", "1"], ["--lora-dropout 1", "less than 1"]),
     (["--users-from", "0.5", "--users-to", "0.5"], ["0.5", "start < stop"]),
     (["--history", "0"], ["--history 0", "at least 1"]),
-    (["--negatives", "400"], ["400 negatives", "fewer negatives"]),
+    (["--candidates", "401"], ["400 negatives", "fewer negatives"]),
     (["--max-pixels", "100"], ["100", "1024"]),
 ])
 def test_settings_out_of_range(refused, model, copy, flags, words):

@@ -131,7 +131,7 @@ def test_candidate_files_are_frozen(report, judge, shop, make, checkpoints):
     with pytest.raises(InputError, match="seed is 2025 in the file, expected 1; delete the file"):
         judge("--seed", 1)
     with pytest.raises(InputError, match="negatives is 3 in the file, expected 4"):
-        judge("--negatives", 4)
+        judge("--candidates", 5)
 
 
 def test_an_edited_candidate_file_is_refused(judge, data, tmp_path):
@@ -259,7 +259,7 @@ def test_similarity_curve(judge, sft, shop, checkpoints):
 def test_settings_file_and_bad_policies(judge, sft, full, shop, checkpoints, tmp_path):
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({"model": str(checkpoints["qwen2_5_vl"]), "data": str(shop), "adapter": [str(sft), "base"], "history": 2,
-                                "negatives": 3, "max_pixels": 1024, "users_to": 0.25, "sets": "random", "device": "cpu"}))
+                                "candidates": 4, "max_pixels": 1024, "users_to": 0.25, "sets": "random", "device": "cpu"}))
     evaluate.main([str(path), "--out", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert list(found["sets"]) == ["random"] and set(found["sets"]["random"]["policies"]) == {str(sft), "base"}
@@ -275,7 +275,7 @@ def test_flags_win_over_the_file(sft, full, shop, checkpoints, tmp_path):
     """--adapter on the command line replaces the file's list, as every other flag does."""
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({"model": str(checkpoints["qwen2_5_vl"]), "data": str(shop), "adapter": [str(sft)], "history": 2,
-                                "negatives": 3, "max_pixels": 1024, "users_to": 0.25, "sets": "random", "device": "cpu"}))
+                                "candidates": 4, "max_pixels": 1024, "users_to": 0.25, "sets": "random", "device": "cpu"}))
     evaluate.main([str(path), "--out", str(tmp_path / "out"), "--adapter", "base"])
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert set(found["sets"]["random"]["policies"]) == {"base"}

@@ -11,32 +11,19 @@ import numpy as np
 import pytest
 import torch
 import toy
-from safetensors.torch import load_file
 
 import train_dpo
 import train_sft
 from hanorec.backbone import load_backbone
-from hanorec.config import DataConfig, TrainConfig
 from hanorec.errors import InputError, run
 from hanorec.files import sha256
 from hanorec.lora import add_lora, attach_policy, lora_layers, save_adapter
-from hanorec.tasks import load_examples, negative_of, preference_pairs, sft_rows
+from hanorec.tasks import negatives_of, preferences, sft_rows
 
 SFT_KEYS = {"step", "epoch", "loss", "gradient_norm", "learning_rate"}
 DPO_KEYS = SFT_KEYS | {"accuracy", "chosen_reward", "rejected_reward", "margin", "lambda", "lambda_min", "lambda_max", "eta", "beta",
                        "beta_min", "beta_max", "kl"}
 BETA0, DIGITS = 0.1, 2e-6  # the log rounds to 6 digits
-
-
-def adapter(folder):
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def furthest(a, b):
-    """Largest difference between the tensors of two adapter folders."""
-    one, two = adapter(a), adapter(b)
-    assert one.keys() == two.keys()
-    return max((one[key] - two[key]).abs().max().item() for key in one)
 
 
 def check_log(log, keys, steps, rate=1e-3):
@@ -49,14 +36,6 @@ def check_log(log, keys, steps, rate=1e-3):
         assert record["gradient_norm"] > 0
 
 
-def source_of(data, checkpoints, task="ranking", **options):
-    """What the scripts load, as they load it: the backbone, the source, and the training examples."""
-    backbone = load_backbone(str(checkpoints["qwen2_5_vl"]), "float32", "cpu", max_pixels=1024)
-    config = TrainConfig(out="", targets_per_user=1)
-    source, examples = load_examples(backbone, DataConfig(data=str(data), task=task, history=2, negatives=3, **options), config, True)
-    return backbone, source, examples
-
-
 # ---- stage 1 ----
 
 
@@ -66,7 +45,7 @@ def test_sft(launch, data, checkpoints, task, rows):
     out, log, facts = launch(train_sft.main, *toy.STEPS, "--task", task, "--lora-dropout", 0, "--micro-batch", 16, "--accumulation", 3)
     check_log(log, SFT_KEYS, 1)  # 48 rows in a step: it holds all rows, whatever their order
     assert (facts["rows"], facts["steps"], facts["settings"]["task"]) == (rows, 1, task)
-    backbone, source, examples = source_of(data, checkpoints, task)
+    backbone, source, examples = toy.source_of(data, checkpoints, task)
     every = sft_rows(source, examples, 2025)
     with torch.no_grad():
         total = sum(toy.log_probs(backbone, [row], source.pictures).item() for row in every)
@@ -82,7 +61,7 @@ def test_sft_learns_a_tiny_set(launch, data, checkpoints):
                          "--learning-rate", 1e-2, "--lora-dropout", 0)
     check_log(log, SFT_KEYS, 15, 1e-2)
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
-    backbone, source, examples = source_of(data, checkpoints, users_to=0.25)
+    backbone, source, examples = toy.source_of(data, checkpoints, users_to=0.25)
     rows = sft_rows(source, examples, 2025)
     assert len(rows) == 6
     attach_policy(backbone.model, out)
@@ -95,7 +74,7 @@ def test_sft_learns_a_tiny_set(launch, data, checkpoints):
 def test_sft_continued_stands_on_the_first(launch, sft):
     out, _, _ = launch(train_sft.main, *toy.STEPS, "--sft", sft)
     assert sha256(out / "below" / "adapter_model.safetensors") == sha256(sft / "adapter_model.safetensors")
-    assert furthest(out, sft) > 0
+    assert toy.furthest(out, sft) > 0
 
 
 # ---- stage 2 ----
@@ -105,7 +84,8 @@ def test_sft_continued_stands_on_the_first(launch, sft):
 @pytest.mark.parametrize("ablation", ["full", "no_hars", "no_nodo", "no_sam", "dpo"])
 def test_ablations(launch, sft, ablation):
     """Each switch does what its name says, read off the log: beta' = eta lambda beta0 with HaRS, beta0 without; noise or none."""
-    out, log, facts = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--ablation", ablation, "--lora-dropout", 0)
+    live = ["--reference", "live"]  # the same forward as the policy's, so that equal means equal to the bit
+    out, log, facts = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--ablation", ablation, "--lora-dropout", 0, *live)
     check_log(log, DPO_KEYS, 3)
     assert facts["sigma_n"] == (0 if ablation in ("no_nodo", "dpo") else 0.05)
     first = log[0]
@@ -129,7 +109,7 @@ def test_ablations(launch, sft, ablation):
     facts = json.loads((out / "hanorec.json").read_text())
     assert (facts["stage"], facts["ablation"]) == ("dpo", ablation)
     assert sha256(out / "below" / "adapter_model.safetensors") == sha256(sft / "adapter_model.safetensors")
-    assert any((value != 0).any() for key, value in adapter(out).items() if "lora_B" in key)
+    assert any((value != 0).any() for key, value in toy.adapter(out).items() if "lora_B" in key)
 
 
 @pytest.mark.equation("DPO-1", "HN-11")
@@ -140,11 +120,11 @@ def test_dpo_moves_toward_what_the_user_chose(launch, data, checkpoints, sft, ta
     out, log, _ = launch(train_dpo.main, "--targets-per-user", 1, "--users-to", 0.25, "--epochs", 40, "--micro-batch", 12, "--accumulation", 1,
                          "--learning-rate", 1e-2, "--lora-dropout", 0, "--sft", sft, "--task", task, "--ablation", ablation, "--sigma", 0.01)
     assert log[-1]["accuracy"] == 1 and log[-1]["margin"] > log[0]["margin"] + 0.1
-    backbone, source, examples = source_of(data, checkpoints, task, users_to=0.25)
+    backbone, source, examples = toy.source_of(data, checkpoints, task, users_to=0.25)
     rows = []
     for example in examples:
         if task == "ranking":
-            rows.append(source.ranking_row(example, [example.target, negative_of(example, 2025)]))
+            rows.append(source.ranking_row(example, [example.target, *negatives_of(example, 2025)]))
         else:
             rows.append(source.binary_row(example, example.target, ["Yes", "No"]))
     gaps = []
@@ -165,7 +145,7 @@ def test_lambda_from_the_items_by_numpy(launch, data, checkpoints, sft, ablation
     each pair's own beta' reaches the loss: normalised, at h = 0 and eta = 1, the loss is ln 2 times the mean of 1 / lambda."""
     _, log, facts = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--ablation", ablation, "--k", 4, "--micro-batch", 8, "--accumulation", 3,
                            "--normalised", "true", "--lora-dropout", 0, "--sigma", 0)
-    backbone, source, examples = source_of(data, checkpoints)
+    backbone, source, examples = toy.source_of(data, checkpoints)
     table = backbone.model.get_input_embeddings().weight.double().numpy()
 
     def unit(v):
@@ -186,7 +166,7 @@ def test_lambda_from_the_items_by_numpy(launch, data, checkpoints, sft, ablation
         p = [np.exp(s[m, union]) / np.exp(s[m, union]).sum() for m in (w, l)]
         return np.linalg.norm(p[0] - p[1])
 
-    lam = [1 / (1 + np.exp(-gap(pair.chosen, pair.rejected))) for pair in preference_pairs(source, examples, 2025)]
+    lam = [1 / (1 + np.exp(-gap(pair.chosen, pair.rejected[0]))) for pair in preferences(source, examples, 2025)]
     assert facts["lambda_range"] == pytest.approx([min(lam), max(lam)], abs=1e-5)
     assert facts["pairs"] == 24 and len(log) == 1
     assert log[0]["loss"] == pytest.approx(math.log(2) * np.mean([1 / x for x in lam]), abs=1e-5)
@@ -208,7 +188,7 @@ def test_options(launch, sft, full, flag, value, changed):
     out, log, facts = launch(train_dpo.main, *toy.STEPS, "--sft", sft, flag, value)
     check_log(log, DPO_KEYS, 3)
     assert any(abs(a[changed] - b[changed]) > 1e-6 for a, b in zip(log, default, strict=True))
-    assert furthest(out, full[0]) > 0
+    assert toy.furthest(out, full[0]) > 0
     beta0 = 0.3 if flag == "--beta0" else BETA0
     for record in log:
         assert record["beta"] == pytest.approx(record["eta"] * record["lambda"] * beta0, abs=DIGITS)
@@ -228,7 +208,7 @@ def test_kl_is_only_logged_unless_weighted(launch, sft, full):
     """--log-kl: the KL of the noisy policy from the reference, > 0 from the first step on; nothing else in the run changes."""
     out, log, _ = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--log-kl", "true")
     assert all(record["kl"] > 0 for record in log)
-    assert [record | {"kl": None} for record in log] == full[1] and furthest(out, full[0]) == 0
+    assert [record | {"kl": None} for record in log] == full[1] and toy.furthest(out, full[0]) == 0
     _, log, _ = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--log-kl", "true", "--ablation", "dpo", "--lora-dropout", 0)
     assert log[0]["kl"] == pytest.approx(0, abs=DIGITS) and log[2]["kl"] > 0  # without noise policy = reference at first
 
@@ -252,7 +232,7 @@ def test_combinations(launch, sft, flags):
 def test_checkpointing_changes_nothing_but_memory(launch, sft, full):
     out, log, _ = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--lora-dropout", 0)
     again, checkpointed, _ = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--lora-dropout", 0, "--checkpointing", "true")
-    assert furthest(out, again) < 1e-6
+    assert toy.furthest(out, again) < 1e-6
     assert [r["loss"] for r in checkpointed] == pytest.approx([r["loss"] for r in log], abs=DIGITS)
 
 
@@ -267,7 +247,7 @@ def test_accumulation_does_not_matter(launch, sft, main, flags):
     show. The learning rate moves a weight by up to 2e-4 in three steps, so 1e-6 is a real bound."""
     common = [*toy.STEPS, "--lora-dropout", 0, "--learning-rate", 1e-4, *flags, *(["--sft", sft] if main is train_dpo.main else [])]
     (one, log, _), (two, other, _) = [launch(main, *common, "--micro-batch", micro, "--accumulation", 8 // micro) for micro in (4, 8)]
-    assert furthest(one, two) < 1e-6
+    assert toy.furthest(one, two) < 1e-6
     # Running statistics divide small rewards by their small deviation, which magnifies the rounding of float32 sums in another order.
     rel = 1e-3 if "ema" in flags else 1e-4
     for a, b in zip(log, other, strict=True):
@@ -329,8 +309,8 @@ def fails(main, *flags):
     (["--users-to", 0], "users"),
     (["--users-from", 0, "--users-to", 0.05], "at least 3"),
     (["--history", 0], "history"),
-    (["--negatives", 0], "negatives"),
-    (["--negatives", 400], "negatives"),
+    (["--candidates", 1], "candidates"),
+    (["--candidates", 401], "negatives"),
     (["--max-pixels", 10], "max_pixels"),
     (["--device", "cuda:77"], "cuda:77"),
 ], ids=lambda value: " ".join(map(str, value)).replace("--", "") if isinstance(value, list) else "")
@@ -348,7 +328,7 @@ def test_files_that_do_not_fit(launch, data, checkpoints, sft, make, tmp_path, c
     model = ["--model", checkpoints["qwen2_5_vl"]]
     before = sha256(sft / "adapter_model.safetensors")
     assert fails(train_sft.main, *model, *common, "--out", sft) == 2
-    assert "not an empty folder" in capfd.readouterr().err and sha256(sft / "adapter_model.safetensors") == before
+    assert "holds a finished run" in capfd.readouterr().err and sha256(sft / "adapter_model.safetensors") == before
     assert fails(train_dpo.main, "--model", make("qwen2_5_vl", seed=3), *common, "--out", tmp_path / "a", "--sft", sft) == 2
     assert "trained on another base" in capfd.readouterr().err
     assert fails(train_dpo.main, *model, *common, "--out", tmp_path / "b", "--sft", tmp_path) == 2

@@ -3,13 +3,15 @@
 import torch
 from safetensors.torch import load_file, save_file
 
+from hanorec.backbone import load_backbone
+from hanorec.config import DataConfig, TrainConfig
 from hanorec.lora import add_lora
 from hanorec.prompts import answer_ids, collate, encode_row, ranking_parts
 from hanorec.scoring import answer_log_probs, forward
-from hanorec.tasks import single_answer
+from hanorec.tasks import load_examples, single_answer
 
 # Flags that keep a run of a script short: one token an image, short prompts, 24 rows; 3 steps of 8 = 2 x 4 rows.
-SHORT = ["--max-pixels", "1024", "--history", "2", "--negatives", "3", "--device", "cpu"]
+SHORT = ["--max-pixels", "1024", "--history", "2", "--candidates", "4", "--device", "cpu"]
 STEPS = ["--targets-per-user", "1", "--epochs", "1", "--micro-batch", "4", "--accumulation", "2", "--learning-rate", "1e-3"]
 
 
@@ -66,3 +68,22 @@ def gradients(loss, layers):
 def apart(a, b):
     """Largest difference, relative to the largest entry of b."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def furthest(a, b):
+    """Largest difference between the tensors of two adapter folders."""
+    one, two = adapter(a), adapter(b)
+    assert one.keys() == two.keys()
+    return max((one[key] - two[key]).abs().max().item() for key in one)
+
+
+def source_of(data, checkpoints, task="ranking", **options):
+    """What the scripts load, as they load it: the backbone, the source, and the training examples."""
+    backbone = load_backbone(str(checkpoints["qwen2_5_vl"]), "float32", "cpu", max_pixels=1024)
+    config = TrainConfig(out="", targets_per_user=1)
+    source, examples = load_examples(backbone, DataConfig(data=str(data), task=task, history=2, candidates=options.pop("candidates", 4), **options), config)
+    return backbone, source, examples

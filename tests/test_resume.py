@@ -1,0 +1,299 @@
+"""A run that is killed, at any moment, goes on to the very result of a run that never was: weights, log and noise, to the bit."""
+
+import builtins
+import errno
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+import pytest
+import torch
+import toy
+
+import train_dpo
+import train_sft
+from hanorec import checkpoint
+from hanorec.checkpoint import generators, load_checkpoint, open_run, save_checkpoint
+from hanorec.errors import InputError, run
+from hanorec.files import sha256, write_json
+from hanorec.training import append_log
+
+LONG = ["--targets-per-user", 1, "--epochs", 3, "--micro-batch", 4, "--accumulation", 2, "--learning-rate", 1e-3]  # 9 steps; dropout and noise on
+
+
+def in_a_child(work, *, kill_after=None):
+    """Run `work` in a forked process, killed with SIGKILL after so many seconds if it still runs. Returns its exit status: 0, 1, or -9."""
+    child = os.fork()
+    if child == 0:
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            work()
+            os._exit(0)
+        except BaseException:  # noqa: BLE001  whatever it was, the child must not go on as a second pytest
+            os._exit(1)
+    end = time.monotonic() + (kill_after if kill_after is not None else 600)
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def results(out):
+    """What must be equal: adapter, log, and whatever else lies there but for times and folder names."""
+    return sha256(out / "adapter_model.safetensors"), (out / "log.jsonl").read_bytes(), sorted(p.name for p in out.iterdir())
+
+
+# ---- the whole scripts, killed by the clock ----
+
+
+@pytest.mark.parametrize(("main", "kills", "flags"), [
+    (train_sft.main, 6, []), (train_dpo.main, 20, ["--eta", "ema", "--save-every", 2]), (train_dpo.main, 2, ["--plain", "true"])],
+    ids=["sft", "dpo", "plain"])
+def test_killed_at_random_points(launch, data, checkpoints, sft, tmp_path, main, kills, flags):
+    """`kills` SIGKILLs at random moments of runs that are started again and again; every one ends as the run that was left alone."""
+    argv = ["--model", checkpoints["qwen2_5_vl"], "--data", data, *toy.SHORT, *LONG, "--save-every", 1, *flags,
+            *(["--sft", sft] if main is train_dpo.main else [])]
+    start = time.monotonic()
+    main([*map(str, argv), "--out", str(tmp_path / "whole")])
+    took = time.monotonic() - start
+    expected, rng, killed, number = results(tmp_path / "whole"), random.Random(5), 0, 0
+    while killed < kills:
+        out, number = tmp_path / f"run{number}", number + 1
+        for _ in range(200):
+            status = in_a_child(lambda: main([*map(str, argv), "--out", str(out)]), kill_after=rng.uniform(0, took))  # noqa: B023  it is called at once
+            assert status in (0, -signal.SIGKILL)
+            killed += status != 0
+            if status == 0:
+                break
+        assert results(out) == expected
+
+
+# ---- the checkpoint itself, killed or failing between any two system calls ----
+
+
+class Loop:
+    """The smallest training loop with all the state that ours have: weights, Adam, dropout, a generator of its own, a running mean, a log."""
+
+    def __init__(self, out, steps=4):
+        self.out, self.steps = out, steps
+
+    def run(self):
+        out = open_run(self.out, {"steps": self.steps}, "result.json")
+        write_json(out / "run.json", {"settings": {"steps": self.steps}})
+        torch.manual_seed(1)
+        weights = [torch.randn(3, 2, requires_grad=True), torch.zeros(2, requires_grad=True)]
+        optimizer = torch.optim.AdamW(weights, lr=0.1)
+        own = torch.Generator().manual_seed(2)
+        sources = generators(torch.device("cpu"), own=own)
+        done, carried = load_checkpoint(out, weights, optimizer, sources)
+        mean = carried.get("mean", 0.0)
+        for step in range(done, self.steps):
+            x = torch.nn.functional.dropout(torch.randn(5, 3, generator=own), 0.5)
+            loss = (x @ weights[0] + weights[1] - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            mean = 0.9 * mean + 0.1 * loss.item()
+            append_log(out / "log.jsonl", {"step": step, "loss": loss.item(), "mean": mean})
+            if (step + 1) % 2 == 0:
+                save_checkpoint(out, step + 1, weights, optimizer, sources, mean=mean)
+        write_json(out / "result.json", [w.tolist() for w in weights])
+
+    def found(self):
+        return (self.out / "result.json").read_text(), (self.out / "log.jsonl").read_text()
+
+
+TOUCHING = [(os, "replace"), (os, "fsync"), (os, "chmod"), (os, "fdopen"), (os, "truncate"), (os, "mkdir"), (builtins, "open"),
+            (tempfile, "mkstemp"), (shutil, "rmtree")]
+
+
+def at_call(n, act):
+    """Let the n-th of the calls that touch files do `act` instead."""
+    count = iter(range(10**9))
+
+    def watched(real):
+        def call(*args, **kwargs):
+            if next(count) == n:
+                act()
+            return real(*args, **kwargs)
+        return call
+
+    for module, name in TOUCHING:
+        setattr(module, name, watched(getattr(module, name)))
+
+
+def test_killed_between_any_two_calls(tmp_path):
+    """From the first call that touches a file to the last one: killed just before it, started again, and ended as if nothing had been."""
+    whole = Loop(tmp_path / "whole")
+    assert in_a_child(whole.run) == 0
+    for n in range(1000):
+        loop = Loop(tmp_path / f"{n}")
+        status = in_a_child(lambda: (at_call(n, lambda: os.kill(os.getpid(), signal.SIGKILL)), loop.run()))  # noqa: B023
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        if not (loop.out / "result.json").exists():
+            assert in_a_child(loop.run) == 0
+        assert loop.found() == whole.found(), n
+        assert not list(loop.out.glob(".*"))
+    assert n > 40  # there were so many calls
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO], ids=["no space", "I/O error"])
+def test_a_failing_disk_is_reported_and_loses_nothing(tmp_path, fault, capfd):
+    """Each call fails in turn: exit code 2 and one line, and the next start ends as a run that never failed."""
+    whole = Loop(tmp_path / "whole")
+    assert in_a_child(whole.run) == 0
+
+    for n in range(1000):
+        loop = Loop(tmp_path / f"{n}")
+
+        def work(n=n, loop=loop):
+            failed = []
+
+            def fail():
+                failed.append(n)
+                raise OSError(fault, os.strerror(fault), "checkpoint")
+
+            at_call(n, fail)
+            try:
+                run(loop.run)
+            except SystemExit as stop:
+                os._exit(stop.code)
+            os._exit(0 if failed else 5)
+
+        status = in_a_child(work)
+        if status == 5:  # there is no n-th call
+            break
+        assert status in (0, 2), n  # 0: what failed was the making of a folder that is there
+        if not (loop.out / "result.json").exists():
+            assert in_a_child(loop.run) == 0
+        assert loop.found() == whole.found(), n
+    assert n > 40
+
+
+def test_a_checkpoint_is_deleted_only_when_the_next_is_whole(tmp_path):
+    """At every call of the second checkpoint's writing a whole one lies there."""
+    loop = Loop(tmp_path / "run")
+    whole = []
+
+    def look():
+        found = [p for p in loop.out.glob("checkpoint-*") if {f.name for f in p.iterdir()} == {"state.safetensors", "state.json"}]
+        whole.append(len(found))
+
+    seen = {"first": False}
+    real = checkpoint.save_checkpoint
+
+    def watched(out, step, *args, **kwargs):
+        if step > 2:
+            seen["first"] = True
+        real(out, step, *args, **kwargs)
+
+    def work():
+        globals()["save_checkpoint"] = watched
+        for module, name in TOUCHING:
+            original = getattr(module, name)
+
+            def call(*args, original=original, **kwargs):
+                if seen["first"]:
+                    look()
+                return original(*args, **kwargs)
+
+            setattr(module, name, call)
+        loop.run()
+        (tmp_path / "counts").write_text(json.dumps(whole))
+
+    assert in_a_child(work) == 0
+    counts = json.loads((tmp_path / "counts").read_text())
+    assert len(counts) > 20 and min(counts) >= 1 and max(counts) == 2
+
+
+# ---- what is refused ----
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A run with a checkpoint after its 2nd step and no result."""
+    loop = Loop(tmp_path / "run", steps=3)
+    loop.run()
+    (loop.out / "result.json").unlink()
+    return loop
+
+
+def test_other_settings_are_refused(stopped):
+    stopped.steps = 4
+    before = {p: p.read_bytes() for p in stopped.out.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="run: holds a stopped run with steps = 3, this command has 4; give the same"):
+        stopped.run()
+    assert {p: p.read_bytes() for p in stopped.out.rglob("*") if p.is_file()} == before
+
+
+def test_a_finished_run_is_refused(stopped):
+    stopped.run()
+    with pytest.raises(InputError, match="holds a finished run"):
+        stopped.run()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not an empty folder"):
+        Loop(tmp_path).run()
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda p: p.write_bytes(p.read_bytes()[:-1]), "its hash is not the one in state.json"),
+    (lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x"), "its hash is not the one in state.json"),
+    (lambda p: p.unlink(), "cannot be read"),
+    (lambda p: (p.parent / "state.json").write_text("{"), "state.json: not readable"),
+])
+def test_a_damaged_checkpoint_is_refused(stopped, damage, words):
+    damage(next(stopped.out.glob("checkpoint-*")) / "state.safetensors")
+    with pytest.raises(InputError, match=words):
+        stopped.run()
+
+
+def test_another_model_is_refused(stopped):
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(InputError, match="weights have other shapes"):
+        load_checkpoint(stopped.out, [torch.zeros(1)], optimizer, generators(torch.device("cpu"), own=torch.Generator()))
+
+
+def test_the_log_has_no_line_twice(stopped):
+    """Three steps were done, the checkpoint is of the second: the third line goes and comes again."""
+    assert len((stopped.out / "log.jsonl").read_text().splitlines()) == 3
+    stopped.run()
+    assert [json.loads(line)["step"] for line in (stopped.out / "log.jsonl").read_text().splitlines()] == [0, 1, 2]
+
+
+def test_nothing_is_pickled(checkpoints, data, tmp_path):
+    """A run that is stopped and goes on unpickles nothing (the interpreter itself would say so), and leaves safetensors and JSON alone."""
+    argv = [*map(str, ["--model", checkpoints["qwen2_5_vl"], "--data", data, *toy.SHORT, *LONG, "--save-every", 1, "--out", tmp_path / "out"])]
+
+    def work(stop):
+        def audit(event, _):
+            if event == "pickle.find_class":
+                os._exit(7)
+
+        sys.addaudithook(audit)
+        if stop:
+            train_dpo.append_log = lambda path, record: (append_log(path, record), record["step"] == 4 and os._exit(3))
+        train_dpo.main(argv)
+
+    assert in_a_child(lambda: work(True)) == 3
+    assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} == {".safetensors", ".json", ".jsonl"}
+    assert in_a_child(lambda: work(False)) == 0
+    assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} == {".safetensors", ".json", ".jsonl"}
+    assert in_a_child(lambda: (sys.addaudithook(lambda event, _: event == "pickle.find_class" and os._exit(7)),  # the check can fail
+                               pickle.loads(pickle.dumps(errno.errorcode.get)))) == 7
