@@ -9,7 +9,7 @@ policy is compared with each other one, user by user.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hanorec.candidates import draw_candidates, draw_hard_candidates, load_candi
 from hanorec.catalog import data_hash, load_catalog
 from hanorec.config import DataConfig, EvalConfig, ModelConfig, parse
 from hanorec.errors import InputError, run
-from hanorec.files import claim_folder, write_json
+from hanorec.files import claim_folder, sha256, write_json
 from hanorec.interactions import Example, heldout_examples, load_interactions, select_users
 from hanorec.items import item_embeddings, neighbors
 from hanorec.lora import attach_policy, remove_adapters
@@ -163,6 +163,13 @@ def use_policy(backbone: Backbone, policy: str) -> None:
     backbone.model.eval()
 
 
+def input_hashes(source: Source, config: EvalConfig, sets: Iterable[str], policies: Sequence[str]) -> dict[str, str]:
+    """What was evaluated on what: the data, the candidate sets, and every policy's adapter."""
+    files = {f"candidates_{kind}": Path(source.config.data) / f"candidates_{config.split}_{kind}.json" for kind in sets}
+    files |= {policy: Path(policy) / "adapter_model.safetensors" for policy in policies if policy != "base"}
+    return {"data": data_hash(source.catalog)} | {name: sha256(path) for name, path in files.items()}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     model_config, data, config = parse([ModelConfig, DataConfig, EvalConfig], argv, __doc__)
     policies = config.adapter or ["base"]
@@ -175,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source, sets = candidate_sets(backbone, data, config)
     if config.user is not None:
         write_json(out / "recommendations.json", recommend(source, sets["random"], policies, config))
-        write_run(out, [model_config, data, config])
+        write_run(out, [model_config, data, config], input_hashes(source, config, sets, policies))
         return
     if config.similarity and sum(path is not None for path in source.catalog.images) < 10:
         raise InputError(f"--similarity: {data.data} has fewer than 10 images, expected at least one for each of the ten groups")
@@ -207,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.similarity:
         report["similarity"] = similarity(source, policies)
     write_json(out / "metrics.json", report)
-    write_run(out, [model_config, data, config])
+    write_run(out, [model_config, data, config], input_hashes(source, config, sets, policies))
     print(f"\nwrote {out / 'metrics.json'}")
 
 

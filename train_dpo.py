@@ -14,14 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hanorec.backbone import load_backbone
-from hanorec.catalog import data_hash
 from hanorec.checkpoint import drop_checkpoints, generators, load_checkpoint, open_run, save_checkpoint
 from hanorec.config import DataConfig, DpoConfig, ModelConfig, TrainConfig, parse
 from hanorec.errors import run
-from hanorec.files import sha256
 from hanorec.hars import RunningReward, cluster_gap, hardness, pair_beta, responsiveness, reward_gap
 from hanorec.items import neighbors
-from hanorec.lora import adapters_off, add_lora, attach_policy, fingerprint, lora_noise, save_policy
+from hanorec.lora import adapters_off, add_lora, attach_policy, lora_noise, save_policy
 from hanorec.losses import dpo_loss, kl_divergence, preference_logit
 from hanorec.prompts import collate
 from hanorec.reference import load_reference, rows_hash, save_reference
@@ -36,6 +34,7 @@ from hanorec.training import (
     compare_settings,
     cosine,
     global_batches,
+    input_hashes,
     print_budget,
     prompt_settings,
     use_checkpointing,
@@ -82,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     noise = torch.Generator(device).manual_seed(train.seed)
     size = train.micro_batch * train.accumulation
     plan = [(epoch, batch) for epoch in range(train.epochs) for batch in global_batches(len(rows), size, train.seed, epoch, least=-(-3 // dpo.rejected))]
+    inputs = input_hashes(policy, source.catalog, train.sft)
     facts = {"pairs": rejected.numel(), "steps": len(plan), "sigma_n": dpo.sigma_n, "lambda_range": [lam.min().item(), lam.max().item()],
              "trained_weights": sum(w.numel() for w in trained)}
 
@@ -89,18 +89,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     live = data.plain or dpo.reference == "live"
     if not live:
         path = out / "reference.safetensors" if dpo.reference == "once" else Path(dpo.reference)
-        depends = {"stands_on": fingerprint(policy), "adapter": train.sft and sha256(Path(train.sft) / "adapter_model.safetensors"),
-                   "dtype": str(policy.dtype), "data": data_hash(source.catalog), "prompt": prompt_settings(model_config, data),
-                   "rows": rows_hash(rows, source.pictures)}
+        depends = {**inputs, "dtype": str(policy.dtype), "prompt": prompt_settings(model_config, data), "rows": rows_hash(rows, source.pictures)}
         known = dpo.reference != "once" or path.exists()
         reference = load_reference(path, depends).to(device) if known else None
-        write_run(out, configs, **facts)
+        write_run(out, configs, inputs, **facts)
         if reference is None:
             with adapters_off(policy):
                 reference = score_rows(backbone, rows, source.pictures, train.micro_batch, "reference")[0].to(device)
             save_reference(path, reference, depends)
     else:
-        write_run(out, configs, **facts)
+        write_run(out, configs, inputs, **facts)
 
     random = generators(device, noise=noise)
     done, carried = load_checkpoint(out, trained, optimizer, random)

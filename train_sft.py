@@ -29,6 +29,7 @@ from hanorec.training import (
     compare_settings,
     cosine,
     global_batches,
+    input_hashes,
     print_budget,
     prompt_settings,
     use_checkpointing,
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     size = config.micro_batch * config.accumulation
     plan = [(epoch, batch) for epoch in range(config.epochs) for batch in global_batches(len(rows), size, config.seed, epoch)]
-    write_run(out, configs, rows=len(rows), steps=len(plan), trained_weights=sum(w.numel() for w in trained))
+    write_run(out, configs, input_hashes(policy, source.catalog, config.sft), rows=len(rows), steps=len(plan), trained_weights=sum(w.numel() for w in trained))
 
     random = generators(backbone.device)
     done, _ = load_checkpoint(out, trained, optimizer, random)

@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import nn
 
 from hanorec.backbone import Backbone
+from hanorec.catalog import Catalog, data_hash
 from hanorec.config import DataConfig, ModelConfig
 from hanorec.errors import InputError
-from hanorec.files import read_object, write_json
+from hanorec.files import read_object, sha256, write_json
+from hanorec.lora import fingerprint
 from hanorec.prompts import Row
 
 
@@ -89,13 +92,28 @@ def all_settings(configs: Sequence[Any]) -> dict[str, Any]:
     return {name: value for config in configs for name, value in asdict(config).items()}
 
 
-def write_run(out: Path, configs: Sequence[Any], **facts: Any) -> None:
-    """run.json: what was run, with what, on what."""
-    write_json(out / "run.json", {
-        "command": Path(sys.argv[0]).name, "settings": all_settings(configs), **facts,
+def write_run(out: Path, configs: Sequence[Any], inputs: dict[str, Any] | None = None, **facts: Any) -> None:
+    """run.json: what was run, with what, on what. inputs: hashes of what the settings name.
+
+    InputError where a run that goes on was started with other inputs: data, base or adapter were changed behind its names.
+    """
+    path, inputs = out / "run.json", inputs or {}
+    if path.exists():
+        started = read_object(path).get("inputs", {})
+        for name, value in inputs.items():
+            if started.get(name) != value:
+                raise InputError(f"{path}: this run was started with {name} of hash {started.get(name)}, which is {value} now, expected no "
+                                 "change; put the old one back to go on, or choose another --out")
+    write_json(path, {
+        "command": Path(sys.argv[0]).name, "settings": all_settings(configs), "inputs": inputs, **facts,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
                      "numpy": np.__version__},
         "git_revision": git_revision()})
+
+
+def input_hashes(model: nn.Module, catalog: Catalog, sft: str | None) -> dict[str, str | None]:
+    """What a training run stands on: the base with the adapters below the one being trained, the SFT adapter's file, the data."""
+    return {"stands_on": fingerprint(model), "adapter": sft and sha256(Path(sft) / "adapter_model.safetensors"), "data": data_hash(catalog)}
 
 
 def git_revision() -> str | None:

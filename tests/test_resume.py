@@ -297,3 +297,24 @@ def test_nothing_is_pickled(checkpoints, data, tmp_path):
     assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} == {".safetensors", ".json", ".jsonl"}
     assert in_a_child(lambda: (sys.addaudithook(lambda event, _: event == "pickle.find_class" and os._exit(7)),  # the check can fail
                                pickle.loads(pickle.dumps(errno.errorcode.get)))) == 7
+
+
+def test_changed_inputs_are_refused(launch, data, checkpoints, sft, tmp_path):
+    """The settings name the same folders, but the titles in one of them have changed: the run does not go on."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    argv = [*map(str, ["--model", checkpoints["qwen2_5_vl"], "--data", folder, *toy.SHORT, *LONG, "--save-every", 1, "--out", tmp_path / "out"])]
+
+    def work():
+        train_sft.append_log = lambda path, record: (append_log(path, record), record["step"] == 2 and os._exit(3))
+        train_sft.main(argv)
+
+    assert in_a_child(work) == 3
+    path = folder / "Posterland_titles.csv"
+    old = path.read_text()
+    path.write_text(old.replace(" Again", " Once More"))
+    with pytest.raises(InputError, match="run.json: this run was started with data of hash .*, expected no change"):
+        train_sft.main(argv)
+    path.write_text(old)
+    train_sft.main(argv)
+    assert (tmp_path / "out" / "adapter_config.json").exists()
