@@ -2,12 +2,14 @@
 
     python evaluate.py --model MODEL --adapter SFT --adapter DPO --data DATA --out OUT      OUT/metrics.json, a table
     python evaluate.py ... --out OUT --user ID --top-k K                          OUT/recommendations.json, the list printed
+    python evaluate.py ... --out OUT --retriever BRMRS --top-n 20                 rerank what train_brmrs.py's model retrieves
 
 Every --adapter is one policy, with what it stands on; `--adapter base` is the bare model. Two candidate sets, drawn once, kept in
 the data folder and the same for every model: `random` (unseen items) and `hard` (unseen items near the positive). The first
 policy is compared with each other one, user by user.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -19,15 +21,17 @@ import torch
 
 from hanorec.backbone import Backbone, load_backbone
 from hanorec.candidates import draw_candidates, draw_hard_candidates, load_candidates, save_candidates
-from hanorec.catalog import data_hash, load_catalog
+from hanorec.catalog import Catalog, data_hash, load_catalog
 from hanorec.config import DataConfig, EvalConfig, ModelConfig, parse
 from hanorec.errors import InputError, run
 from hanorec.files import claim_folder, sha256, write_json
-from hanorec.interactions import Example, heldout_examples, load_interactions, select_users
+from hanorec.interactions import Example, Interactions, heldout_examples, load_interactions, select_users
 from hanorec.items import item_embeddings, neighbors
 from hanorec.lora import attach_policy, remove_adapters
 from hanorec.metrics import auc_rows, bootstrap_interval, ndcg_rows, paired_test, pooled_auc, rank_of_positive, similarity_groups
 from hanorec.prompts import Row
+from hanorec.ranking import load_retriever
+from hanorec.rerank import print_report, rerank_report, retrieve
 from hanorec.scoring import score_rows
 from hanorec.tasks import Source, load_pictures, print_missing_images, scoring_rows
 from hanorec.training import compare_settings, print_budget, prompt_settings, write_run
@@ -35,13 +39,31 @@ from hanorec.training import compare_settings, print_budget, prompt_settings, wr
 AT = 3  # the document's cut-off
 
 
-def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple[Source, dict[str, list[Example]]]:
-    """The frozen sets of each kind, drawn now if the data folder has none yet, for the users asked for."""
+def held_out(data: DataConfig, config: EvalConfig) -> tuple[Catalog, Interactions, list[Example], set[str]]:
+    """The catalogue, the interactions, every held-out item, and the users asked for."""
     catalog = load_catalog(data.data)
     interactions = load_interactions(data.data, catalog)
     examples = heldout_examples(interactions, config.split, data.history)
     if not examples:
         raise InputError(f"{Path(data.data) / config.split}.tsv: no user, expected at least one held-out item")
+    if config.user is not None:
+        users = {config.user}
+        if config.user not in {e.user for e in examples}:
+            raise InputError(f"--user {config.user!r}: not in {config.split}.tsv of {data.data}; expected one of its {len(examples)} users")
+    else:
+        users = set(select_users(interactions.train, data.users_from, data.users_to, data.users_seed))
+    chosen = [e for e in examples if e.user in users]
+    if not chosen:
+        raise InputError(f"{data.data}: none of the {len(users)} users chosen is in {config.split}.tsv, expected some; widen --users-from, --users-to")
+    if repeats := sum(e.target in interactions.before(e.user, config.split) for e in chosen):
+        print(f"note: {repeats} of {len(chosen)} targets are items that their user had before; copying from the history finds them")
+    print_missing_images(catalog)
+    return catalog, interactions, examples, users
+
+
+def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple[Source, dict[str, list[Example]]]:
+    """The frozen sets of each kind, drawn now if the data folder has none yet, for the users asked for."""
+    catalog, _, examples, users = held_out(data, config)
     pictures, sets = {}, {}
     for kind in ("random", "hard") if config.sets == "both" else (config.sets,):
         path = Path(data.data) / f"candidates_{config.split}_{kind}.json"
@@ -54,25 +76,41 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
             near = neighbors(backbone, catalog, pictures, data.neighbors)[2].cpu().numpy()
             drawn = draw_hard_candidates(examples, catalog, near, data.candidates - 1, config.seed)
             save_candidates(path, drawn, catalog, **facts, embedding=f"input embeddings of {backbone.path}")
-        sets[kind] = load_candidates(path, examples, catalog, **facts)
-    if config.user is not None:
-        users = {config.user}
-        if config.user not in {e.user for e in examples}:
-            raise InputError(f"--user {config.user!r}: not in {config.split}.tsv of {data.data}; expected one of its {len(examples)} users")
-    else:
-        users = set(select_users(interactions.train, data.users_from, data.users_to, data.users_seed))
-    sets = {kind: [e for e in drawn if e.user in users] for kind, drawn in sets.items()}
-    chosen = next(iter(sets.values()))
-    if not chosen:
-        raise InputError(f"{data.data}: none of the {len(users)} users chosen is in {config.split}.tsv, expected some; widen --users-from, --users-to")
-    if repeats := sum(e.target in interactions.before(e.user, config.split) for e in chosen):
-        print(f"note: {repeats} of {len(chosen)} targets are items that their user had before; copying from the history finds them")
-    print_missing_images(catalog)
+        sets[kind] = [e for e in load_candidates(path, examples, catalog, **facts) if e.user in users]
     pictures = pictures or load_pictures(backbone, catalog, data)
     if config.images == "shuffled":  # a cycle through all owners of an image, so that nobody keeps its own
         owners = np.random.default_rng(config.seed).permutation(list(pictures)).tolist()
         pictures = {row: pictures[other] for row, other in zip(owners, np.roll(owners, 1).tolist(), strict=True)}
     return Source(backbone, catalog, pictures, data), sets
+
+
+def retrieved(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple[Source, list[Example], np.ndarray, float]:
+    """The users asked for with what --retriever finds for them, its places (T, N), and the seconds it took."""
+    catalog, interactions, examples, users = held_out(data, config)
+    chosen = [e for e in examples if e.user in users]
+    retriever, start = load_retriever(config.retriever), time.perf_counter()
+    had = [interactions.before(e.user, config.split) for e in chosen]
+    found, places = retrieve(retriever, catalog, chosen, had, config.top_n, config.seed)
+    seconds = time.perf_counter() - start
+    return Source(backbone, catalog, load_pictures(backbone, catalog, data), data), found, places, seconds
+
+
+def rerank(source: Source, examples: list[Example], places: np.ndarray, seconds: float, policies: Sequence[str], config: EvalConfig) -> dict[str, Any]:
+    """The report of `hanorec.rerank`, with what each stage costs a user."""
+    rows = scoring_rows(source, examples)
+    print_budget(rows, config.batch, source.backbone)
+    scores, spent = {}, {"retrieval": seconds / len(examples)}
+    for policy in policies:
+        use_policy(source.backbone, policy)
+        start = time.perf_counter()
+        scores[policy] = score(source, rows, len(examples), config.batch)["sum"]
+        spent[policy] = (time.perf_counter() - start) / len(examples)
+    report = rerank_report(examples, places, scores, config.seed) | {"seconds_per_user": spent}
+    ids = source.catalog.ids
+    report["users"] = [{"user": e.user, "target": ids[e.target], "retrieved": [ids[e.candidates[i]] for i in np.argsort(place)]}
+                       for e, place in zip(examples, places, strict=True)]
+    print_report(report)
+    return report
 
 
 def score(source: Source, rows: list[Row], users: int, batch: int) -> dict[str, np.ndarray]:
@@ -123,7 +161,7 @@ def print_table(kind: str, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def recommend(source: Source, examples: list[Example], policies: Sequence[str], config: EvalConfig) -> list[dict[str, Any]]:
-    """The Top-K titles of one user for each policy, from the user's random candidate set; printed and returned."""
+    """The Top-K titles of one user for each policy, from the user's random candidate set, or from what was retrieved; printed and returned."""
     lists = []
     for example in examples:
         if config.top_k > len(example.candidates):
@@ -165,7 +203,9 @@ def use_policy(backbone: Backbone, policy: str) -> None:
 
 def input_hashes(source: Source, config: EvalConfig, sets: Iterable[str], policies: Sequence[str]) -> dict[str, str]:
     """What was evaluated on what: the data, the candidate sets, and every policy's adapter."""
-    files = {f"candidates_{kind}": Path(source.config.data) / f"candidates_{config.split}_{kind}.json" for kind in sets}
+    files = {f"candidates_{kind}": Path(source.config.data) / f"candidates_{config.split}_{kind}.json" for kind in sets if kind != "retrieved"}
+    if config.retriever is not None:
+        files["retriever"] = Path(config.retriever) / "embeddings.safetensors"
     files |= {policy: Path(policy) / "adapter_model.safetensors" for policy in policies if policy != "base"}
     return {"data": data_hash(source.catalog)} | {name: sha256(path) for name, path in files.items()}
 
@@ -179,10 +219,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = replace(config, sets="random")
     out = claim_folder(config.out)
     backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels)
-    source, sets = candidate_sets(backbone, data, config)
+    if config.retriever is not None:
+        source, found, places, seconds = retrieved(backbone, data, config)
+        sets = {"retrieved": found}
+    else:
+        source, sets = candidate_sets(backbone, data, config)
     if config.user is not None:
-        write_json(out / "recommendations.json", recommend(source, sets["random"], policies, config))
+        write_json(out / "recommendations.json", recommend(source, next(iter(sets.values())), policies, config))
         write_run(out, [model_config, data, config], input_hashes(source, config, sets, policies))
+        return
+    if config.retriever is not None:
+        write_json(out / "metrics.json", {"settings": asdict(data) | asdict(config), **rerank(source, found, places, seconds, policies, config)})
+        write_run(out, [model_config, data, config], input_hashes(source, config, sets, policies))
+        print(f"\nwrote {out / 'metrics.json'}")
         return
     if config.similarity and sum(path is not None for path in source.catalog.images) < 10:
         raise InputError(f"--similarity: {data.data} has fewer than 10 images, expected at least one for each of the ten groups")

@@ -146,11 +146,13 @@ class EvalConfig:
     batch: int = option(4, "users in one forward")
     seed: int = option(2025, "seed of the candidate sets and of the intervals")
     similarity: bool = option(False, "EV-4: image-text similarity of all items before and after training, in ten groups")
+    retriever: str | None = option(None, "finished --out folder of train_brmrs.py: rerank what it retrieves from the whole catalogue, instead of candidate sets")
+    top_n: int = option(20, "ours: N, how many items are retrieved")
     user: str | None = option(None, "print a ranked list for this user instead of metrics")
     top_k: int = option(3, "length of that list")
 
     def __post_init__(self) -> None:
-        check(self, batch=1, seed=0, top_k=1)
+        check(self, batch=1, seed=0, top_n=1, top_k=1)
 
 
 @dataclass(frozen=True)
