@@ -1,6 +1,6 @@
-r"""Independent oracle: every HaNoRec equation once more, in plain float64 loops.
+r"""Independent oracle: every equation once more, in plain float64 loops.
 
-Written from the two design documents alone, without sight of the package, so that a mistake has to be made twice to go
+Written from the documents alone, without sight of the package, so that a mistake has to be made twice to go
 unnoticed. Nothing here is vectorised or fast; each function follows its equation term by term. Arrays or nested lists
 go in, Python floats or float64 arrays come out. The package never imports this file.
 """
@@ -348,3 +348,105 @@ def similarity_groups(before, after, groups=10):
         before_means.append(average([before[i] for i in members]))
         after_means.append(average([after[i] for i in members]))
     return np.array(before_means, dtype=np.float64), np.array(after_means, dtype=np.float64)
+
+
+# ------------------------------------------------------------------------------------------------------------ BR-MRS
+
+
+def free_items(positives, n_items):
+    """Oracle of BR-1, what may be drawn: the items that are not among the user's positives, in order of id."""
+    return [j for j in range(n_items) if j not in {int(p) for p in positives}]
+
+
+def draw_by_rejection(positives, n_items, n, random):
+    """Oracle of BR-1, the textbook way: draw any item until it is not a positive, n times. `random` = random.Random."""
+    taken, drawn = {int(p) for p in positives}, []
+    while len(drawn) < n:
+        j = random.randrange(n_items)
+        if j not in taken:
+            drawn.append(j)
+    return drawn
+
+
+def hard_negatives(s_v, s_t):
+    """Oracle of BR-2: (B, n), (B, n) scores of the pool -> lists j_v, j_t of the first place of the largest score of each row."""
+    def places(scores):
+        found = []
+        for row in scores:
+            best = 0
+            for j in range(1, len(row)):
+                if float(row[j]) > float(row[best]):
+                    best = j
+            found.append(best)
+        return found
+
+    return places(s_v), places(s_t)
+
+
+def chns_loss(t_pos, t_at_jv, v_pos, v_at_jt):
+    """Oracle of BR-3, a triple at a time."""
+    losses = []
+    for tp, tj, vp, vj in zip(t_pos, t_at_jv, v_pos, v_at_jt, strict=True):
+        losses.append(-(log_sigmoid(float(tp) - float(tj)) + log_sigmoid(float(vp) - float(vj))))
+    return np.array(losses, dtype=np.float64)
+
+
+def synergy_loss(gap_f, gap_t, gap_v, theta=0.0):
+    """Oracle of BR-4, a triple at a time."""
+    losses = []
+    for f, t, v in zip(gap_f, gap_t, gap_v, strict=True):
+        losses.append(-log_sigmoid(float(f) - max(float(t), float(v)) - float(theta)))
+    return np.array(losses, dtype=np.float64)
+
+
+def bpr_loss(gap):
+    """Oracle of BR-5, a triple at a time."""
+    return np.array([-log_sigmoid(g) for g in gap], dtype=np.float64)
+
+
+def total_loss(bpr, chns, syn, squared_norm, lambda_h, lambda_s, weight_decay, bpr_weight=1.0):
+    """Oracle of BR-6: the sums of the document as means over the batch, each with its weight."""
+    return float(bpr_weight) * average(bpr) + lambda_h * average(chns) + lambda_s * average(syn) + weight_decay * float(squared_norm)
+
+
+def normalised_adjacency(edges, n):
+    """A with A_ij = A_ji = the weight of edge (i, j, weight), summed if it repeats, then A_ij / sqrt(row sum i * row sum j)."""
+    A = np.zeros((n, n))
+    for i, j, weight in edges:
+        A[i][j] += weight
+        A[j][i] += weight
+    sums = [math.fsum(row) for row in A]
+    return np.array([[A[i][j] / math.sqrt(sums[i] * sums[j]) if A[i][j] else 0.0 for j in range(n)] for i in range(n)])
+
+
+def interaction_graph(pairs, n_users, n_items):
+    """The user-item graph of LightGCN: one edge for each distinct pair (u, i), at u and n_users + i."""
+    return normalised_adjacency([(int(u), n_users + int(i), 1.0) for u, i in sorted({(int(u), int(i)) for u, i in pairs})], n_users + n_items)
+
+
+def lightgcn(A, x, layers):
+    """Mean over l = 0 .. L of A^l x."""
+    layer, total = np.array(x, dtype=np.float64), np.array(x, dtype=np.float64)
+    for _ in range(layers):
+        layer = np.array([[dot(row, column) for column in layer.T] for row in A])
+        total = total + layer
+    return total / (layers + 1)
+
+
+def likeness_graph(interacted, features, k, alpha):
+    """e_ij = alpha |O_i & O_j| / |O_i or O_j| + (1 - alpha) mean_m cos(x_i^m, x_j^m); the k largest of each row, ties to the smaller
+    id, only those above 0; symmetric and normalised. interacted: a set of columns a row. features: (N, d_m) a modality."""
+    def cosine(a, b):
+        lengths = math.sqrt(dot(a, a) * dot(b, b))
+        return dot(a, b) / lengths if lengths else 0.0
+
+    n, edges = len(interacted), []
+    for i in range(n):
+        row = []
+        for j in range(n):
+            if j != i:
+                union = len(interacted[i] | interacted[j])
+                overlap = len(interacted[i] & interacted[j]) / union if union else 0.0
+                row.append((-(alpha * overlap + (1 - alpha) * average([cosine(x[i], x[j]) for x in features])), j))
+        edges += [(i, j, -negative) for negative, j in sorted(row)[:k] if -negative > 0]
+    return normalised_adjacency(edges, n)
