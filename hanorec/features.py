@@ -100,11 +100,11 @@ def open_features(stem: Path, facts: dict[str, Any], width: int) -> list[Picture
     data, index = stem.with_suffix(".bin"), stem.with_suffix(".json")
     again = f"delete {data.name} and {index.name} to compute them again"
     stored = read_object(index)
-    found, tokens, grids = stored.get("facts"), stored.get("tokens"), stored.get("grids")
+    found, tokens, grids = (stored.get(name) for name in ("facts", "tokens", "grids"))
     for name, value in facts.items():
-        if not isinstance(found, dict) or found.get(name) != value:
-            raise InputError(f"{index}: {name} is {found.get(name) if isinstance(found, dict) else None!r} in the file, expected {value!r}; "
-                             f"these are features of something else: {again}")
+        other = found.get(name) if isinstance(found, dict) else None
+        if other != value:
+            raise InputError(f"{index}: {name} is {other!r} in the file, expected {value!r}; features of something else: {again}")
     if _hash([found, tokens, grids]) != stored.get("sha256"):
         raise InputError(f"{index}: does not have the sha256 {stored.get('sha256')!r} that it states: the file was edited; {again}")
     dtype = getattr(torch, facts["dtype"])

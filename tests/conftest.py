@@ -24,8 +24,8 @@ QWEN_PIXELS = {"shortest_edge": 32 * 32, "longest_edge": 80 * 80}  # a poster is
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Folder of a Posterland with 24 users, some titles made longer, so that answers differ in tokens. Tests that write into a
-    data folder copy it."""
+    """Folder of a Posterland with 24 users, some titles made longer, so that answers differ in tokens. Training keeps its
+    feature file in it; tests that change anything else in a data folder copy it."""
     folder = tmp_path_factory.mktemp("posterland")
     make_posterland(folder, users=24)
     path = folder / "Posterland_titles.csv"
