@@ -118,8 +118,9 @@ class BRMRS(nn.Module):
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    r"""Features (I, d_m), centred over the items, then each row of length 1; a row equal to the mean stays 0."""
-    return F.normalize(x - x.mean(0), dim=1)
+    r"""Features (I, d_m), centred over the items, then each row of length 1; a row equal to the mean is 0, whatever rounding leaves of it."""
+    centred = x - x.mean(0)
+    return F.normalize(centred.masked_fill(centred.norm(dim=1, keepdim=True) <= 1e-5 * x.norm(dim=1, keepdim=True), 0), dim=1)
 
 
 def step_loss(model: BRMRS, users: Tensor, positives: Tensor, sampler: NegativeSampler, config: BrmrsConfig,

@@ -1,12 +1,13 @@
 """Figures of a run folder, readable in grey: python -m hanorec.plots RUN
 
-A folder with log.jsonl gets curves.png (loss, margin, the weights of HaRS); one with results.json (the demo) gets metrics.png;
-folders below are drawn too. Needs matplotlib (pip install -e .[plots]).
+A folder with log.jsonl gets curves.png (loss, margin, the weights of HaRS; of BR-MRS its branches); one with results.json (the demo)
+gets metrics.png; folders below are drawn too. Needs matplotlib (pip install -e .[plots]).
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -26,7 +27,7 @@ def plot_run(folder: Path) -> list[Path]:
     for log in sorted(folder.rglob("log.jsonl")):
         if log.stat().st_size:  # a run may have just begun
             written.append(plot_log(log))
-    if (folder / "results.json").exists():
+    if (folder / "results.json").exists() and "seeds" in read_json(folder / "results.json"):  # the ablation of BR-MRS has a table instead
         written.append(plot_results(folder / "results.json"))
     return written
 
@@ -34,6 +35,8 @@ def plot_run(folder: Path) -> list[Path]:
 def plot_log(path: Path) -> Path:
     """Training curves of one stage. The band spans the smallest and the largest value in a step."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if "valid_Recall@20" in records[0]:
+        return plot_brmrs(path, records)
     step = [r["step"] for r in records]
     panels = [["loss"], ["gradient_norm"]]
     if "margin" in records[0]:
@@ -46,6 +49,26 @@ def plot_log(path: Path) -> Path:
                 axis.fill_between(step, [r[f"{name}_min"] for r in records], [r[f"{name}_max"] for r in records], color="0.8")
         axis.set_xlabel("optimizer step")
         axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(path.parent.name)
+    out = path.parent / "curves.png"
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+    return out
+
+
+def plot_brmrs(path: Path, records: list[dict[str, Any]]) -> Path:
+    """BR-MRS by epoch, on validation: Recall@20 of each branch, how often the fused margin wins, the margins, and who finds the target."""
+    names = {"Recall@20": ["Recall@20", "Recall@20_t", "Recall@20_v"], "win rate": ["win"], "margin": ["gap_f", "gap_t", "gap_v"],
+             "share of targets": ["unique_t", "unique_v", "synergy", "degradation"]}
+    panels = {title: [name for name in part if f"valid_{name}" in records[0]] for title, part in names.items()}
+    panels = {title: part for title, part in panels.items() if part}  # one modality alone has branches to compare with nothing
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), constrained_layout=True, squeeze=False)
+    for axis, (title, part) in zip(axes[0], panels.items(), strict=True):
+        for name, style in zip(part, ("-", "--", ":", "-."), strict=False):
+            axis.plot([r["epoch"] for r in records], [r[f"valid_{name}"] for r in records], style, color="black", label=name)
+        axis.set_xlabel("epoch")
+        axis.set_title(title, fontsize=10)
+        axis.legend(framealpha=0.7, fontsize=8)
     figure.suptitle(path.parent.name)
     out = path.parent / "curves.png"
     figure.savefig(out, dpi=100)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from hanorec.config import DataConfig, DpoConfig, EvalConfig, ModelConfig, TrainConfig, parse
+from hanorec.config import BrmrsConfig, BrmrsFiles, DataConfig, DpoConfig, EvalConfig, ModelConfig, TrainConfig, parse
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = [part.strip() for block in BLOCKS for line in block.splitlines() for part in re.sub(r"\s#.*", "", line).split("&&") if part.strip()]
 SETTINGS = {"train_sft.py": [ModelConfig, DataConfig, TrainConfig], "train_dpo.py": [ModelConfig, DataConfig, TrainConfig, DpoConfig],
-            "evaluate.py": [ModelConfig, DataConfig, EvalConfig]}
+            "evaluate.py": [ModelConfig, DataConfig, EvalConfig], "train_brmrs.py": [BrmrsFiles, BrmrsConfig]}
 ROWS = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", TEXT, re.MULTILINE)
 
 

@@ -1,0 +1,169 @@
+r"""Full ranking: where each held-out item stands among all items that its user has no training pair with, and what follows from it.
+
+Only training pairs are masked, in validation and in test alike, as the MMRec toolbox does: in the test ranking a user's validation
+items compete. T = targets, that is held-out pairs (u, i); U = users, I = items; branches t (text), v (image), f (fused).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hanorec.brmrs_model import Embeddings, scores
+from hanorec.errors import InputError
+from hanorec.files import read_object
+
+KS = (5, 10, 20, 50)
+AT = 20  # the cut-off of early stopping and of the branch diagnostics
+NUMBERS_PER_BLOCK = 2**23  # of one block of scores: 34 MB in float32
+
+
+class Seen:
+    """The training pairs, sorted so that those of a user lie together: what a ranking leaves out."""
+
+    def __init__(self, users: Tensor, items: Tensor, n_users: int) -> None:
+        users, order = users.sort(stable=True)
+        self.item = items[order]  # (E,)
+        self.degree = torch.bincount(users, minlength=n_users)  # (U,)
+        self.start = self.degree.cumsum(0) - self.degree  # (U,)
+
+    def of(self, users: Tensor) -> tuple[Tensor, Tensor]:
+        """(b,) -> row 0 .. b - 1 and item of every training pair of these users."""
+        degree = self.degree[users]  # (b,)
+        row = torch.arange(len(users), device=users.device).repeat_interleave(degree)
+        place = torch.arange(len(row), device=users.device) - (degree.cumsum(0) - degree)[row]  # 0, 1, ... within each user
+        return row, self.item[self.start[users][row] + place]
+
+
+@torch.no_grad()
+def target_ranks(user: Tensor, item: Tensor, targets: Tensor, seen: Seen) -> Tensor:
+    r"""The place, from 1 = best, of each target among the items that its user has no training pair with.
+
+    rank(u, i) = 1 + |{j : s_uj > s_ui}| + |{j < i : s_uj = s_ui}|, so of equal scores the smaller item id stands first.
+
+    Args:
+        user (U, d), item (I, d): a score is an inner product. targets: (2, T) int64.
+    Returns:
+        (T,) int64, exact for the scores as computed; memory for one block of targets, not for U x I.
+    Raises:
+        InputError: embeddings that are not finite; a target that is masked.
+    """
+    if not (user.isfinite().all() and item.isfinite().all()):
+        raise InputError("embeddings that are not finite, expected numbers; lower --learning-rate")
+    ranks = torch.empty_like(targets[0])  # (T,)
+    ids = torch.arange(len(item), device=item.device)  # (I,)
+    for part in targets[0].argsort(stable=True).split(max(1, NUMBERS_PER_BLOCK // len(item))):
+        users, row = targets[0][part].unique_consecutive(return_inverse=True)  # (b,), (T_b,): a user's scores are computed once
+        s = user[users] @ item.T  # (b, I)
+        s[seen.of(users)] = -torch.inf
+        i = targets[1][part][:, None]  # (T_b, 1)
+        s = s[row]  # (T_b, I)
+        own = s.gather(1, i)
+        if own.isinf().any():
+            u, i = targets[:, part[own.isinf()[:, 0]][0]].tolist()
+            raise InputError(f"item {i} of user {u} is held out and a training pair too, so it is masked; expected either; remove one")
+        above, level = (s > own).sum(1, dtype=torch.int32), (s >= own).sum(1, dtype=torch.int32)  # int64 takes six times as long
+        tied = level - above > 1
+        if tied.any():
+            above[tied] += ((s[tied] == own[tied]) & (ids < i[tied])).sum(1, dtype=torch.int32)
+        ranks[part] = 1 + above.long()
+    return ranks
+
+
+def user_rows(ranks: Tensor, users: Tensor, ks: tuple[int, ...] = KS) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    r"""Recall@K and NDCG@K of each user who has targets; G_u = the ranks of user u's targets.
+
+    Recall@K_u = \frac{|\{r \in G_u : r \le K\}|}{|G_u|}
+
+    NDCG@K_u = \frac{\sum_{r \in G_u, r \le K} 1 / \log_2(1 + r)}{\sum_{r=1}^{\min(K, |G_u|)} 1 / \log_2(1 + r)}
+
+    Args:
+        ranks (T,), users (T,): of each target.
+    Returns:
+        The users (U',) in order, and name -> (U',) float64 in 0 .. 1.
+    """
+    r = ranks.cpu().numpy()
+    who, place, size = np.unique(users.cpu().numpy(), return_inverse=True, return_counts=True)  # (U',), (T,), (U',)
+    ideal = np.cumsum(1 / np.log2(1 + np.arange(1, max(ks) + 1)))  # (K,): of 1, 2, ... targets ranked first
+    rows = {}
+    for k in ks:
+        hit = r <= k  # (T,)
+        rows[f"Recall@{k}"] = np.bincount(place, hit) / size
+        rows[f"NDCG@{k}"] = np.bincount(place, hit / np.log2(1 + r)) / ideal[np.minimum(k, size) - 1]
+    return who, rows
+
+
+def branch_shares(ranks: dict[str, Tensor], k: int = AT) -> dict[str, float]:
+    r"""Which branch has the target in its top k, as shares of all targets.
+
+    unique_t: text but not the image, whatever the fusion does; unique_v: the reverse; synergy: the fusion alone;
+    degradation: text or the image, but not the fusion.
+    """
+    t, v, f = (ranks[m] <= k for m in ("t", "v", "f"))  # (T,) each
+    cases = {"unique_t": t & ~v, "unique_v": v & ~t, "synergy": f & ~t & ~v, "degradation": (t | v) & ~f}
+    return {name: case.double().mean().item() for name, case in cases.items()}
+
+
+def branch_margins(emb: Embeddings, targets: Tensor, negatives: Tensor) -> dict[str, float]:
+    r"""gap_m = the mean of Delta_m = s_m(u, i+) - s_m(u, i-), and win = the share of Delta_f > every other Delta_m.
+
+    targets (2, T); negatives (T,): one item each, that the user has no training pair with.
+    """
+    both = torch.stack([targets[1], negatives], 1)  # (T, 2)
+    gap = {m: (s := scores(emb, m, targets[0], both))[:, 0] - s[:, 1] for m in emb.user}  # (T,) each
+    best = torch.stack([gap[m] for m in gap if m != "f"]).amax(0)  # (T,)
+    return {**{f"gap_{m}": gap[m].double().mean().item() for m in gap}, "win": (gap["f"] > best).double().mean().item()}
+
+
+@torch.no_grad()
+def evaluate(emb: Embeddings, targets: Tensor, seen: Seen, negatives: Tensor) -> tuple[dict[str, float], np.ndarray, dict[str, np.ndarray]]:
+    """The report, the users, and their rows: Recall and NDCG of the fused ranking, Recall@20 of each branch, and the diagnostics.
+
+    Means over the users who have targets; shares and margins are means over targets, and need two modalities.
+    """
+    ranks = {m: target_ranks(emb.user[m], emb.item[m], targets, seen) for m in emb.user}
+    users, rows = user_rows(ranks["f"], targets[0])
+    report = {name: float(values.mean()) for name, values in rows.items()}
+    for m in ranks.keys() - {"f"}:
+        report[f"Recall@{AT}_{m}"] = float(user_rows(ranks[m], targets[0], (AT,))[1][f"Recall@{AT}"].mean())
+    if len(ranks) == 3:
+        report |= branch_shares(ranks) | branch_margins(emb, targets, negatives)
+    return dict(sorted(report.items())), users, rows
+
+
+@dataclass
+class Retriever:
+    """The trained ranking by itself: names, fused embeddings, and what is masked."""
+
+    users: tuple[str, ...]
+    items: tuple[str, ...]
+    user: Tensor  # (U, d_f)
+    item: Tensor  # (I, d_f)
+    seen: Seen
+
+    def top_n(self, rows: Tensor, n: int) -> Tensor:
+        """The n best items of each user that are not among the training pairs, best first: rows (b,) int64 -> item rows (b, n)."""
+        least = len(self.items) - int(self.seen.degree[rows].max()) if len(rows) else n
+        if not 1 <= n <= least:
+            raise InputError(f"{n} items to retrieve: one of these users has {least} items without a training pair; choose 1 .. that many")
+        found = []
+        for part in rows.split(max(1, NUMBERS_PER_BLOCK // len(self.items))):
+            s = self.user[part] @ self.item.T  # (b, I)
+            s[self.seen.of(part)] = -torch.inf
+            found.append(s.argsort(dim=1, descending=True, stable=True)[:, :n])  # stable: of equal scores the smaller row first
+        return torch.cat(found)
+
+
+def load_retriever(folder: str | Path) -> Retriever:
+    """What train_brmrs.py left in its finished OUT folder, on the CPU."""
+    folder = Path(folder)
+    names, path = read_object(folder / "names.json"), folder / "embeddings.safetensors"
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected the --out folder of a finished train_brmrs.py; check the path") from None
+    return Retriever(tuple(names["users"]), tuple(names["items"]), found["user"], found["item"], Seen(*found["train"], len(names["users"])))
