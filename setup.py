@@ -12,10 +12,11 @@ setup(
     packages=find_packages(include=["hanorec", "hanorec.*"]),
     package_data={"hanorec": ["assets/posterland-base/*"]},
     python_requires=">=3.11",
-    install_requires=["torch>=2.6", "transformers>=5.6", "safetensors>=0.4", "pillow>=10", "numpy>=1.26", "tqdm>=4.60"],
+    install_requires=["torch>=2.8", "transformers>=5.6", "safetensors>=0.4", "pillow>=10", "numpy>=1.26", "tqdm>=4.60"],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "matplotlib>=3.8"],
         "plots": ["matplotlib>=3.8"],
-        "bench": ["matplotlib>=3.8", "gguf>=0.10", "accelerate>=1.0"],  # transformers reads GGUF through these two
+        # transformers reads GGUF through gguf and accelerate; the other three are peers that the benchmarks compare with
+        "bench": ["matplotlib>=3.8", "gguf>=0.10", "accelerate>=1.0", "faiss-cpu>=1.8", "trl>=0.20", "peft>=0.15"],
     },
 )

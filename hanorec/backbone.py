@@ -5,14 +5,15 @@ into a few vectors of the language model's width; they replace the placeholder t
 differ in how an image is preprocessed, which tokens surround it, and in positions (Qwen counts time, height and width apart).
 """
 
+import re
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -64,6 +65,12 @@ class Backbone:
     def image_token(self) -> int:
         return self.config.image_token_id
 
+    @cached_property
+    def inside_tokens(self) -> re.Pattern:
+        """Matches, with no width, after the first character of each added token that the tokenizer does not call special."""
+        texts = [token.content for token in self.tokenizer.added_tokens_decoder.values() if not token.special]
+        return re.compile("|".join(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in texts if len(text) > 1) or "(?!)")
+
     def around_image(self) -> tuple[list[int], list[int]]:
         """The tokens before and after an image's placeholders."""
         if self.family == "llava_next":
@@ -79,7 +86,8 @@ def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixe
         max_pixels: an image is scaled down to at most so many pixels. Qwen: 784 pixels are one token, so 224 x 224 costs 64.
             LLaVA-NeXT cannot go below its tower's resolution; tilings above max_pixels are left out, the smallest is kept.
     Raises:
-        InputError: not a checkpoint, another family, a tokenizer without an end token or without the image token.
+        InputError: not a checkpoint, another family, weights that are missing, too many, of other shapes or no floats, a tokenizer without
+            an end token, without the image token, or of another model.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
@@ -87,20 +95,26 @@ def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixe
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: cannot be used ({_first_line(error)}); expected cpu, or cuda on a machine with a GPU") from None
+        raise InputError(f"--device {device}: cannot be used ({_brief(error)}); expected cpu, or cuda on a machine with a GPU") from None
     if (looks_local := Path(path).expanduser()).exists() and not (looks_local / "config.json").exists():
-        raise InputError(f"{path}: no config.json in it, expected a checkpoint folder as save_pretrained writes it")
+        raise InputError(f"{path}: no config.json in it, expected a checkpoint folder as save_pretrained writes it; check --model")
     try:
+        check_stored_types(looks_local)
         model, loading = AutoModelForImageTextToText.from_pretrained(
             path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **safe)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be loaded as an image-text model ({_first_line(error)}); expected a local folder or a "
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001  on files that do not fit Transformers raises whatever its code runs into
+        raise InputError(f"{path}: cannot be loaded as an image-text model ({_brief(error)}); expected a local folder or a "
                          f"hub name of one of {', '.join(FAMILIES)}, with safetensors weights") from None
     family = model.config.model_type
     if family not in FAMILIES:
         raise InputError(f"{path}: model type {family!r}, expected one of {', '.join(FAMILIES)}")
     if missing := sorted(loading["missing_keys"]):  # Transformers would draw them at random and only warn
         raise InputError(f"{path}: {len(missing)} weights are missing, e.g. {missing[0]}, expected a whole checkpoint; copy it again")
+    if extra := sorted(loading["unexpected_keys"]):  # Transformers would leave them out and only warn: perhaps layers that config.json lacks
+        raise InputError(f"{path}: {len(extra)} weights have no place in the model that config.json describes, e.g. {extra[0]}; expected config.json "
+                         "and weights of one checkpoint; copy both again")
     try:
         if family == "llava_next":
             processor = AutoProcessor.from_pretrained(path, **safe)
@@ -116,10 +130,10 @@ def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixe
                 raise InputError(f"max_pixels = {max_pixels}: one token of {path} covers {unit} pixels; allow at least that many")
             own = image_processor.size  # both are areas, whatever their names say
             image_processor.size = {edge: min(own[edge], max_pixels) for edge in ("shortest_edge", "longest_edge")}
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: its tokenizer or image processor cannot be loaded ({_first_line(error)}); "
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001  as above
+        raise InputError(f"{path}: its tokenizer or image processor cannot be loaded ({_brief(error)}); "
                          "copy tokenizer and preprocessor files of the same checkpoint beside the weights") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no end token (eos_token), expected one; every answer ends with it: "
@@ -130,11 +144,27 @@ def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixe
                          f"embeds {vocabulary}; expected tokenizer and model of one checkpoint")
     use_segment_attention(model)
     model.requires_grad_(False).to(device).eval()
-    return Backbone(str(path), family, model, tokenizer, image_processor, template)
+    backbone = Backbone(str(path), family, model, tokenizer, image_processor, template)
+    start, end = backbone.around_image()
+    for token in (*start, backbone.image_token, *end, tokenizer.eos_token_id):  # `text_ids` keeps added tokens out of untrusted text
+        if token not in tokenizer.added_tokens_decoder:
+            raise InputError(f"{path}: token {token} stands for an image or ends an answer, but to the tokenizer it is a part of a word, which titles "
+                             "may hold, or nothing; expected tokenizer and model of one checkpoint")
+    return backbone
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]
+def check_stored_types(folder: Path) -> None:
+    """InputError where a weight in a local folder is stored in anything but plain floats: Transformers would read the codes of a quantised
+    weight as its values. Only the files' headers are read."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  it is no dict
+                if key.endswith((".weight", ".bias")) and (stored := file.get_slice(key).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                    raise InputError(f"{path}: {key} is stored as {stored}, expected F64, F32, F16 or BF16; use a checkpoint that is not quantised")
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _limit_tiles(model: nn.Module, image_processor: Any, max_pixels: int) -> None:
@@ -146,10 +176,19 @@ def _limit_tiles(model: nn.Module, image_processor: Any, max_pixels: int) -> Non
 
 @torch.no_grad()
 def image_features(backbone: Backbone, images: list[Image]) -> list[Picture]:
-    """Run the frozen vision tower and its projector on a batch of RGB images."""
-    inputs = backbone.image_processor(images=images, return_tensors="pt").to(backbone.device)
-    grids = inputs.get("image_grid_thw")
-    features = backbone.model.get_image_features(**inputs).pooler_output  # per image (n_i, d)
+    """Run the frozen vision tower and its projector on a batch of RGB images. InputError where they or the image processor are broken."""
+    try:
+        inputs = backbone.image_processor(images=images, return_tensors="pt").to(backbone.device)
+        grids = inputs.get("image_grid_thw")
+        features = backbone.model.get_image_features(**inputs).pooler_output  # per image (n_i, d)
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(f"{backbone.path}: its vision tower cannot take what its image processor makes ({_brief(error)}); expected "
+                         "preprocessor_config.json and weights of one checkpoint; copy both again") from error
+    if not all(f.isfinite().all() for f in features):
+        raise InputError(f"{backbone.path}: image features hold NaN or infinity, expected finite numbers; look at image_mean and image_std in "
+                         "preprocessor_config.json, at the vision tower's weights, or use --dtype float32")
     return [Picture(f.cpu(), None if grids is None else grids[i].cpu()) for i, f in enumerate(features)]
 
 

@@ -3,7 +3,7 @@ r"""The items of a dataset: id, title, image.
 A dataset is a folder in the native layout, the one of the authors' release:
 
     <Name>_titles.csv     header item,title; UTF-8; csv quoting
-    images/<id>.jpg       or .jpeg, .png, .webp; an item may lack one
+    images/<id>.jpg       or .jpeg, .png, .webp; an item may lack one; a link must stay inside images/
     dataset.json          optional: {"name": ..., "covers": "real" | "drawn" | "none", ...}, written by the converters
     train.tsv val.tsv test.tsv      see interactions.py
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from hanorec.errors import InputError
+from hanorec.errors import InputError, shown
 from hanorec.files import read_json, sha256
 from hanorec.lines import numbered_lines, only_file
 
@@ -29,6 +29,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 COVERS = ("real", "drawn", "none")
 MAX_BYTES = 32 * 2**20  # of an image file
 MAX_PIXELS = 40_000_000  # decoded: 120 MB of RGB
+MAX_ASPECT = 200  # longer to shorter side; Qwen's preprocessor takes no more
 
 
 @dataclass(frozen=True)
@@ -79,34 +80,34 @@ def _read_titles(path: Path) -> dict[str, str]:
             if line == 1:
                 if fields != ["item", "title"]:
                     raise InputError(
-                        f"{path}:1: header {','.join(fields)!r}; expected 'item,title', so add or mend that line"
+                        f"{path}:1: header {shown(','.join(fields))}; expected 'item,title', so add or mend that line"
                     )
                 continue
             if len(fields) != 2:
                 raise InputError(
-                    f"{path}:{line}: {len(fields)} fields {fields}; expected 2 (item,title), "
+                    f"{path}:{line}: {len(fields)} fields {shown(fields)}; expected 2 (item,title), "
                     f"so put a title with a comma in double quotes"
                 )
             item, title = fields[0], fields[1].strip()
             if not item or item.split() != [item]:
                 raise InputError(
-                    f"{path}:{line}: item id {item!r}; expected a name without spaces, "
+                    f"{path}:{line}: item id {shown(item)}; expected a name without spaces, "
                     f"since histories separate ids by them"
                 )
             if item in titles:
                 raise InputError(
-                    f"{path}:{line}: item id {item!r} is already on line {lines[item]}; expected each id once, "
+                    f"{path}:{line}: item id {shown(item)} is already on line {lines[item]}; expected each id once, "
                     f"so remove one"
                 )
             if not title:
                 raise InputError(
-                    f"{path}:{line}: item {item!r} has an empty title; expected text, so add one or remove the item"
+                    f"{path}:{line}: item {shown(item)} has an empty title; expected text, so add one or remove the item"
                 )
             titles[item], lines[item] = title, line
     except csv.Error as error:
         raise InputError(
-            f"{path}:{before + 1}: not csv ({error}); expected item,title, so close the quotes of a quoted title "
-            f"and double those inside it"
+            f"{path}:{before + 1}: not csv ({error}); expected item,title, so close the quotes of a quoted title, "
+            f"double those inside it, and shorten a title of more than {csv.field_size_limit()} characters"
         ) from None
     if not titles:
         raise InputError(f"{path}: no items; expected the header item,title and one row an item")
@@ -120,19 +121,29 @@ def data_hash(catalog: Catalog) -> str:
 
 
 def find_images(folder: Path, ids: dict[str, str] | set[str]) -> dict[str, Path]:
-    """Item id -> image file in `folder` whose stem is the id. Other files are ignored; a missing folder has none."""
+    """Item id -> image file in `folder` whose stem is the id. Other names are ignored; a missing folder has none.
+
+    InputError: two files for one item, something that is no file, or a link that leads out of the folder: a data set from elsewhere
+    must not reach for the files of the machine. `folder` itself may be a link.
+    """
     found: dict[str, Path] = {}
-    if not folder.is_dir():
+    if not os.path.lexists(folder):
         return found
-    for name in sorted(os.listdir(folder)):
-        path = folder / name
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.stem not in ids or not path.is_file():
+    if not folder.is_dir():
+        raise InputError(f"{folder}: a file or a broken link; expected a folder of images, or nothing of that name")
+    home = folder.resolve()
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        item, suffix = os.path.splitext(entry.name)
+        if suffix.lower() not in IMAGE_SUFFIXES or item not in ids:
             continue
-        if path.stem in found:
-            raise InputError(
-                f"{path}: item {path.stem!r} also has {found[path.stem].name}; expected one an item, so remove one"
-            )
-        found[path.stem] = path
+        path = folder / entry.name
+        if entry.is_symlink() and not (target := Path(os.path.realpath(path))).is_relative_to(home):
+            raise InputError(f"{path}: a link to {target}, out of the image folder; expected the image itself, so copy it there")
+        if not entry.is_file(follow_symlinks=False) and not path.is_file():
+            raise InputError(f"{path}: a broken link, a folder or a device; expected an image file, so put it there or remove the entry")
+        if item in found:
+            raise InputError(f"{path}: item {item!r} also has {found[item].name}; expected one an item, so remove one")
+        found[item] = path
     return found
 
 
@@ -141,11 +152,11 @@ def _facts(path: Path, facts: dict, name: str, any_image: bool) -> tuple[str, st
     if not isinstance(facts, dict):
         raise InputError(f"{path}: holds a {type(facts).__name__}; expected an object {{...}}")
     name = facts.get("name", name)
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{path}: name is {name!r}; expected a text")
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise InputError(f"{path}: name is {shown(name)}; expected printable text, so mend dataset.json")
     covers = facts.get("covers", "real" if any_image else "none")
     if covers not in COVERS:
-        raise InputError(f"{path}: covers is {covers!r}; expected one of {', '.join(COVERS)}")
+        raise InputError(f"{path}: covers is {shown(covers)}; expected one of {', '.join(COVERS)}, so mend dataset.json")
     if any_image != (covers != "none"):
         state = "holds images of these items" if any_image else "holds no image of these items"
         raise InputError(f"{path}: covers is {covers!r}, but images/ {state}; mend dataset.json or the folder")
@@ -155,7 +166,8 @@ def _facts(path: Path, facts: dict, name: str, any_image: bool) -> tuple[str, st
 def read_image(path: Path) -> Image.Image:
     """An RGB image, upright by its EXIF tag, on white where transparent. InputError names a file that is not whole.
 
-    The limits on bytes and pixels are checked on the header, before anything is decoded.
+    The limits on bytes, pixels and frames are checked on the header, before anything is decoded. An animation is refused, since which of
+    its frames is the item's picture nobody said; the previews that a camera adds to a JPEG are no frames.
     """
     path = Path(path)
     try:
@@ -171,6 +183,10 @@ def read_image(path: Path) -> Image.Image:
                 raise InputError(
                     f"{path}: {width} x {height} pixels; expected at most {MAX_PIXELS} in all, so shrink the image"
                 )
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise InputError(f"{path}: {width} x {height} pixels; expected at most {MAX_ASPECT} times as long as wide, so crop or replace the image")
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise InputError(f"{path}: an animation; expected a still image, so save the frame that shows the item")
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
     except InputError:

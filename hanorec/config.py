@@ -26,15 +26,15 @@ def option(default: Any = MISSING, help: str = "", **argparse_options: Any) -> A
     return dataclasses.field(default=default, metadata=metadata)
 
 
-TINY = 1e-9  # least value of what must be above 0
+TINY, HUGE = 1e-9, 1e12  # least value of what must be above 0; what no setting reaches
 
 
 def check(config: Any, **least: float) -> None:
-    """InputError where a setting is below its least value."""
+    """InputError where a setting is below its least value, or absurdly large."""
     for name, bound in least.items():
         value = getattr(config, name)
-        if value is not None and not value >= bound:  # NaN too
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {bound}")
+        if value is not None and not bound <= value < HUGE:  # NaN too
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {bound}, and less than {HUGE:.0e}")
 
 
 @dataclass(frozen=True)

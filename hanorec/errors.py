@@ -8,6 +8,12 @@ class InputError(ValueError):
     """Bad input. The message names the file, line or item, the value, what was expected and the remedy."""
 
 
+def shown(value: object, most: int = 80) -> str:
+    """A value as a message shows it: escaped, so that it cannot act on a terminal, and cut, since a line may hold megabytes."""
+    text = repr(value[: most + 1] if isinstance(value, str) else value)
+    return text if len(text) <= most + 2 else f"{text[:most]}..."
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a command; an `InputError`, or a fault of the file system, becomes `error: ...` on stderr and exit code 2, without a traceback."""
     try:
@@ -15,8 +21,9 @@ def run(main: Callable[[], None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # a full disk, a folder without permission: the message names the file
-        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:  # a full disk, a folder without permission
+        place, what = error.filename or "the file system", error.strerror or error
+        print(f"error: {place}: {what}; check the path, its permissions and the space left", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+import math
 import os
+import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from hanorec.errors import InputError
+
+MAX_JSON = 2**30  # bytes: the candidates of five million users
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -47,14 +52,40 @@ def claim_folder(out: str | Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`. InputError where the file is missing or is not JSON."""
+    """The JSON value in `path`. InputError where the file is missing, too large, or not the JSON of RFC 8259.
+
+    Python's reader would also take NaN, infinity, a key that stands twice, and text that no file can hold; here they are errors.
+    """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        if (size := path.stat().st_size) > MAX_JSON:
+            raise InputError(f"{path}: {size} bytes of JSON, expected at most {MAX_JSON}; is it the right file?")
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}), expected a JSON file; check the path") from None
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, an integer of 5000 digits, 1000 brackets within one another
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: not readable as UTF-8 JSON ({error}); mend or remake the file") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=Counter(keys).get)!r} stands twice in one object")
+    for key, text in pairs:
+        if isinstance(text, str) and re.search("[\0\ud800-\udfff]", text):
+            raise ValueError(f"the text of {key!r} holds a NUL or half of a surrogate pair")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -7,14 +7,14 @@ whole sequence is train + val + test. Two rules keep the future out:
 - a negative is an item the user has not had: not in train (training), train + val (val), train + val + test (test).
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hanorec.catalog import Catalog
-from hanorec.errors import InputError
+from hanorec.errors import InputError, shown
 from hanorec.lines import numbered_lines
 
 
@@ -32,14 +32,14 @@ class Interactions:
         return self.train[user] + (self.val.get(user, ()) if split == "test" else ())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # slots, and `seen` without a copy: there are millions of them
 class Example:
     """One thing to predict. Every int is a row of the catalogue."""
 
     user: str
     history: tuple[int, ...]  # the most recent rows before the target, oldest first, never empty
     target: int
-    seen: frozenset[int]  # never a negative; includes the target
+    seen: Collection[int]  # never a negative; includes the target; may repeat
     candidates: tuple[int, ...] = ()  # the target and its negatives, shuffled
 
 
@@ -60,34 +60,35 @@ def load_interactions(directory: Path, catalog: Catalog) -> Interactions:
 
 def _read_split(path: Path, catalog: Catalog, train: dict[str, tuple[int, ...]] | None) -> dict[str, tuple[int, ...]]:
     users: dict[str, tuple[int, ...]] = {}
+    row = catalog.row
     for line, text in numbered_lines(path):
         user, tab, rest = text.partition("\t")
         if not tab or "\t" in rest:
             raise InputError(
-                f"{path}:{line}: {text.count(chr(9))} tabs in {text[:80]!r}; expected one, as in user<TAB>id id id ..."
+                f"{path}:{line}: {text.count(chr(9))} tabs in {shown(text)}; expected one, as in user<TAB>id id id ..."
             )
         if not user.strip():
-            raise InputError(f"{path}:{line}: empty user {user!r}; expected a name before the tab")
+            raise InputError(f"{path}:{line}: empty user {shown(user)}; expected a name before the tab, so add it or remove the line")
         if user in users:
             raise InputError(
-                f"{path}:{line}: user {user!r} has an earlier line; expected one line a user, so join them"
+                f"{path}:{line}: user {shown(user)} has an earlier line; expected one line a user, so join them"
             )
         items = rest.split()
         if not items:
             raise InputError(
-                f"{path}:{line}: user {user!r} has no items (empty history); expected at least one, "
+                f"{path}:{line}: user {shown(user)} has no items (empty history); expected at least one, "
                 f"so add them or remove the line"
             )
         if train is not None and user not in train:
             raise InputError(
-                f"{path}:{line}: user {user!r} has no line in train.tsv (empty history); expected one, "
+                f"{path}:{line}: user {shown(user)} has no line in train.tsv (empty history); expected one, "
                 f"so add it or remove the user here"
             )
         try:
-            users[user] = tuple(catalog.row[item] for item in items)
+            users[user] = tuple(map(row.__getitem__, items))
         except KeyError as error:
             raise InputError(
-                f"{path}:{line}: unknown item id {error.args[0]!r}; expected an id of the titles file: "
+                f"{path}:{line}: unknown item id {shown(error.args[0])}; expected an id of the titles file: "
                 f"add it there or remove it here"
             ) from None
     return users
@@ -108,10 +109,9 @@ def training_examples(
         if user not in data.train:
             raise InputError(f"user {user!r} has no line in train.tsv; expected one of its {len(data.train)} users")
         rows = data.train[user]
-        seen = frozenset(rows)
         first = max(1, len(rows) - targets_per_user) if targets_per_user else 1
         for position in range(first, len(rows)):
-            examples.append(Example(user, rows[:position][-history:], rows[position], seen))
+            examples.append(Example(user, rows[max(0, position - history) : position], rows[position], rows))
     return examples
 
 
@@ -122,9 +122,9 @@ def heldout_examples(data: Interactions, split: str, history: int = 5) -> list[E
     examples = []
     for user, held_out in getattr(data, split).items():
         earlier = data.before(user, split)
-        seen = frozenset(earlier + held_out)
-        for position, target in enumerate(held_out):
-            examples.append(Example(user, (earlier + held_out[:position])[-history:], target, seen))
+        seen = earlier + held_out
+        for position, target in enumerate(held_out, len(earlier)):
+            examples.append(Example(user, seen[max(0, position - history) : position], target, seen))
     return examples
 
 

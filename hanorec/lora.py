@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hanorec.errors import InputError
+from hanorec.errors import InputError, shown
 from hanorec.files import read_object, sha256, write_bytes, write_json
 
 
@@ -236,15 +236,39 @@ def adapter_config(directory: str | Path) -> dict[str, Any]:
               "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     for key, value in wanted.items():
         if (config.get(key) or None) != (value or None):
-            raise InputError(f"{path}: {key} = {config.get(key)!r}, expected {value!r}; only plain LoRA is supported")
-    if not (isinstance(config.get("r"), int) and config["r"] >= 1 and isinstance(config.get("lora_alpha"), int | float)):
-        raise InputError(f"{path}: r = {config.get('r')!r}, lora_alpha = {config.get('lora_alpha')!r}, expected numbers; remake the file")
+            raise InputError(f"{path}: {key} = {shown(config.get(key))}, expected {value!r}; only plain LoRA is supported")
+    r, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout") or 0.0
+    if not (_is_number(r) and isinstance(r, int) and r >= 1 and _is_number(alpha) and alpha > 0 and _is_number(dropout) and 0 <= dropout < 1):
+        raise InputError(f"{path}: r = {shown(r)}, lora_alpha = {shown(alpha)}, lora_dropout = {shown(dropout)}, expected numbers: a whole r from 1, "
+                         "lora_alpha above 0, lora_dropout from 0 to below 1; remake the file")
     return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31  # so not NaN
+
+
+def read_tensors(directory: str | Path, r: int) -> dict[str, Tensor]:
+    """The tensors of an adapter of rank r: the rank is checked on them, before a model is given layers of a size that a file dictates."""
+    path = Path(directory) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; is {directory} an adapter folder?")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); save the adapter again") from None
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
+    for key, shape in shapes.items() or [("no lora_A.weight", ())]:
+        if shape[:1] != (r,):
+            raise InputError(f"{path}: {key} of shape {shape}, expected ({r}, ...) as adapter_config.json says; the two files are of adapters "
+                             "of different rank: copy them again")
+    return tensors
 
 
 def attach_adapter(model: nn.Module, directory: str | Path) -> None:
     """Stack the saved adapter on top of the model, as its own rank and alpha say, and load it (frozen by a later one)."""
     config = adapter_config(directory)
+    read_tensors(directory, config["r"])
     add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0)
     load_adapter(model, directory)
 
@@ -274,16 +298,13 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     if not lora_layers(model):
         return attach_adapter(model, directory)
     config, layers, path = adapter_config(directory), lora_layers(model), directory / "adapter_model.safetensors"
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is {directory} an adapter folder?") from None
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); save the adapter again") from None
+    tensors = read_tensors(directory, config["r"])
     if (directory / "hanorec.json").exists():
         facts = read_object(directory / "hanorec.json")
         if facts.get("adapter_sha256") != sha256(path):
             raise InputError(f"{path}: its hash differs from the one in hanorec.json; the file was changed or half written: save it again")
+        if not isinstance(facts.get("prompt", {}), dict):
+            raise InputError(f"{directory / 'hanorec.json'}: prompt is {shown(facts['prompt'])}, expected an object; save the adapter again")
         if facts.get("stands_on") != fingerprint(model):
             raise InputError(f"{directory}: this adapter was trained on another base ({facts.get('base')}), or on another adapter "
                              "below it; load that base, and the adapters in the order in which they were trained")

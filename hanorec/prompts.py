@@ -48,8 +48,12 @@ def listed(catalog: Catalog, rows: Sequence[int], images: bool = True) -> list[P
 
 
 def text_ids(backbone: Backbone, text: str) -> list[int]:
-    """Tokens of untrusted text: what looks like a special token in it is spelt out, so a title cannot open a turn or an image."""
-    return backbone.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    """Tokens of untrusted text: what looks like a special token in it is spelt out, so a title cannot open a turn or an image.
+
+    Some checkpoints have markers of turns among their tokens that are not called special; the text is cut within those.
+    """
+    pieces = backbone.inside_tokens.split(text)
+    return [token for piece in pieces for token in backbone.tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)]
 
 
 def answer_ids(backbone: Backbone, text: str) -> list[int]:
@@ -69,10 +73,16 @@ def turn(backbone: Backbone) -> tuple[list[int], list[int]]:
                                                      tokenize=False, add_generation_prompt=True)
         except (TemplateError, TypeError):  # a template may refuse the form that it is not made for
             continue
+        except (ValueError, ArithmeticError, RecursionError, LookupError, AttributeError) as error:  # 1 / 0, a range of 10^9, a macro that calls itself
+            raise InputError(f"{backbone.path}: its chat template cannot be rendered ({type(error).__name__}: {error}), expected one that renders a "
+                             "user's message; copy the template of the same checkpoint") from None
         if rendered.count(SLOT) == 1 and "'type'" not in rendered:
-            return tuple(tokenizer.encode(side, add_special_tokens=False) for side in rendered.split(SLOT))
-    raise InputError(f"{backbone.path}: its chat template does not render the user's text once, expected a template that does; "
-                     "is it the template of another model?")
+            sides = tuple(tokenizer.encode(side, add_special_tokens=False) for side in rendered.split(SLOT))
+            if any(backbone.image_token in side for side in sides):
+                break
+            return sides
+    raise InputError(f"{backbone.path}: its chat template does not render the user's text once and without an image of its own, expected a "
+                     "template that does; is it the template of another model?")
 
 
 @dataclass(frozen=True)

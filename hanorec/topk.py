@@ -1,51 +1,87 @@
-"""The Top-K similarity kernel: HN-3, the clusters of HaRS."""
+"""The Top-K similarity kernel: HN-3, the clusters of HaRS.
+
+    for each block (I, J), I <= J, of the symmetric matrix e e^T:
+        compute it once
+        its columns serve the rows J, its rows the rows I: each keeps the K best it has met
+
+Half the products of a full matrix, and a few blocks of memory instead of one.
+"""
 
 import torch
 from torch import Tensor
 
 from hanorec.errors import InputError
 
-ROWS_PER_BLOCK = 1024  # one block of similarities is ROWS_PER_BLOCK x N numbers: 168 MB in float32 at N = 41,081
+# Rows of a block. 992 is a multiple of 32, as the matrix product likes it, and no power of two: with a stride of 1024 numbers the entries
+# of a column share a few cache lines, and reading the block by columns takes five times as long. A GPU needs more work a launch.
+BLOCK_CPU, BLOCK_GPU = 992, 2976
 
 
 @torch.no_grad()
-def topk_neighbors(e: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk_neighbors(e: Tensor, k: int, block: int | None = None) -> tuple[Tensor, Tensor]:
     r"""N_K(i): the K items most similar to item i, itself excluded.
 
     Args:
-        e: (N, d) unit rows, float; any device.
+        e: (N, d) unit rows, floating point; any device.
         k: K, 1 <= K <= N - 1.
+        block: rows of a block, 1 or more; default BLOCK_CPU or BLOCK_GPU. Tensors beside e and the results hold 3 block (block + K)
+            numbers at once, about 8 where most rows tie at their K-th place; a CPU widens half-precision rows, two blocks at a time.
     Returns:
-        scores (N, K) in the dtype of e, descending; index (N, K) int64. Equal scores: the smaller index first.
-        A matrix product may round equal rows differently, so "equal" means equal after rounding.
+        scores (N, K) descending, in float32 or wider (products of half-precision rows are summed in float32);
+        index (N, K) int64. Equal scores: the smaller index first.
+        Promised: exactly the K best of the similarities as the matrix product rounds them, whatever the block; one number for
+        s_ij and s_ji; the same answer each time on the same machine and threads. Not promised: how the product rounds. It may
+        round equal rows differently, and otherwise in another block, so scores apart by rounding alone stand in either order.
     Raises:
-        InputError: K out of range, or a row that is not finite.
+        InputError: K or block out of range, or a row that is not finite.
     Source: document 000, section 2.1, HaRS; paper eq. (4).
     """
-    n = e.shape[0]
+    n, wide = len(e), torch.promote_types(e.dtype, torch.float32)
+    block = (BLOCK_CPU if e.device.type == "cpu" else BLOCK_GPU) if block is None else block
     if not 1 <= k <= n - 1:
         raise InputError(f"K = {k} neighbours of {n} items: K must lie in 1 .. {n - 1}; choose a smaller K")
-    finite = e.isfinite().all(1)
+    if block < 1:
+        raise InputError(f"block = {block} rows: expected 1 or more; leave it out for the default")
+    finite = e.amin(1).isfinite() & e.amax(1).isfinite()  # (N,); e.isfinite() would take a copy of e
     if not finite.all():
         raise InputError(f"row {int((~finite).nonzero()[0])} of the embeddings is not finite; mend the features")
-    scores = e.new_empty(n, k)
-    index = torch.empty(n, k, dtype=torch.int64, device=e.device)
-    for start in range(0, n, ROWS_PER_BLOCK):
-        rows = slice(start, min(start + ROWS_PER_BLOCK, n))
-        # HN-3: N_K(i) = \operatorname{top-}K_{j \ne i} s_{ij}, \quad s_{ij} = \langle e_i, e_j \rangle
-        s = e[rows] @ e.T  # (b, N)
-        s.diagonal(start).fill_(-torch.inf)
-        scores[rows], index[rows] = _topk_smaller_index_first(s, k)
-    return scores, index
+    best = e.new_full((n, k), -torch.inf, dtype=wide)  # (N, K)
+    index = torch.zeros(n, k, dtype=torch.int64, device=e.device)  # (N, K)
+    for i in range(0, n, block):
+        for j in range(i, n, block):
+            I, J = slice(i, i + block), slice(j, j + block)
+            # HN-3: N_K(i) = \operatorname{top-}K_{j \ne i} s_{ij}, \quad s_{ij} = \langle e_i, e_j \rangle
+            s = _products(e[I], e[J], wide)  # (b_I, b_J)
+            if i == j:  # a pair once, an item with itself never
+                s.masked_fill_(torch.ones_like(s, dtype=torch.bool).tril(), -torch.inf)
+            # In this order each row meets the others by rising index: first those above it, as columns, then those below.
+            _keep_best(best[J], index[J], s.T, i)
+            _keep_best(best[I], index[I], s, j)
+    return best, index
 
 
-def _topk_smaller_index_first(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Top-K of each row with ties to the smaller index, which torch.topk does not promise."""
-    value, index = s.topk(k)  # (b, K)
-    cut = (s >= value[:, -1:]).sum(1) > k  # rows where a tie straddles the K-th place: the set itself is in doubt
+def _products(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """a b^T in `wide`; half precision stays so on a GPU, whose products sum in float32, and is widened on a CPU."""
+    if a.is_cuda and a.dtype != wide:
+        return torch.mm(a, b.T, out_dtype=wide)
+    return a.to(wide) @ b.to(wide).T
+
+
+def _keep_best(best: Tensor, index: Tensor, s: Tensor, first: int) -> None:
+    """Merge s (r, c), the scores of the columns first .. first + c - 1, into best and index (r, K), which hold smaller columns alone."""
+    k = best.shape[1]
+    # A row whose K-th score is not beaten stays as it is: an equal score has the larger index. The more rows, the fewer are left.
+    rows = (s.amax(1) > best[:, -1]).nonzero()[:, 0]  # (h,)
+    best[rows], place = _topk_smaller_place_first(torch.cat([best[rows], s[rows]], 1), k)  # (h, K), places in (h, K + c)
+    index[rows] = torch.where(place < k, index[rows].gather(1, place.clamp_max(k - 1)), place - k + first)
+
+
+def _topk_smaller_place_first(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Top-K of each row of more than K, ties to the smaller place, which torch.topk does not promise."""
+    value, place = s.topk(k + 1)  # (h, K + 1)
+    cut = value[:, k] == value[:, k - 1]  # rows where a tie straddles the K-th place: the set itself is in doubt
     if cut.any():
-        index[cut] = s[cut].argsort(dim=1, descending=True, stable=True)[:, :k]
-    index = index.sort(dim=1).values  # then order the set: by index first, by score second and stably
-    value = s.gather(1, index)
-    value, order = value.sort(dim=1, descending=True, stable=True)
-    return value, index.gather(1, order)
+        place[cut] = s[cut].argsort(dim=1, descending=True, stable=True)[:, : k + 1]
+    place = place[:, :k].sort(dim=1).values  # then order the set: by place first, by score second and stably
+    value, order = s.gather(1, place).sort(dim=1, descending=True, stable=True)
+    return value, place.gather(1, order)

@@ -591,5 +591,5 @@ def test_an_unknown_fusion_is_refused():
 
 @pytest.mark.equation("BR-3", "BR-4", "BR-5")
 def test_the_plug_in_of_the_documentation_runs():
-    failed, examples = doctest.testfile(str(Path(__file__).parent.parent / "docs" / "brmrs_plugin.md"), module_relative=False)
+    failed, examples = doctest.testfile(str(Path(__file__).parent.parent / "docs" / "brmrs.md"), module_relative=False)
     assert failed == 0 and examples > 5

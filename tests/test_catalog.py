@@ -1,10 +1,8 @@
 """The catalogue: what is read, and that each kind of bad input names the file, the line, the value and the remedy."""
 
-import struct
-import zlib
-
 import numpy as np
 import pytest
+from hostile import huge_png
 from PIL import Image
 
 from hanorec import catalog
@@ -131,14 +129,6 @@ def test_read_image_applies_exif_rotation(tmp_path):
     result = read_image(tmp_path / "turned.jpg")
     assert result.size == (16, 32)
     assert result.getpixel((8, 4))[0] > 200 and result.getpixel((8, 28))[2] > 200
-
-
-def huge_png(width, height):
-    """A PNG whose header states a size, with no pixels behind it: opening it must not decode anything."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
-    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -460,7 +460,7 @@ KEY = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.we
     (rewrite(lambda t: t[KEY].__setitem__((0, 0), math.inf)), "adapter_model.safetensors", [KEY, "infinity", "use an earlier adapter"]),
     (rewrite(lambda t: t.update({KEY: t[KEY][:, :5].contiguous()})), "adapter_model.safetensors", [KEY, "(4, 5)", "(4, 64)", "another base"]),
     (rewrite(lambda t: t.update({KEY: t[KEY].int()})), "adapter_model.safetensors", [KEY, "int32", "expected floats"]),
-    (configure(r=2, lora_alpha=4), "adapter_model.safetensors", ["(4, 64)", "expected", "(2, 64)", "rank"]),
+    (configure(r=2, lora_alpha=4), "adapter_model.safetensors", ["(4, ", "expected", "(2, ...)", "rank"]),
     (configure(r=0), "adapter_config.json", ["r = 0", "expected numbers", "remake"]),
     (configure(lora_alpha="8"), "adapter_config.json", ["lora_alpha = '8'", "remake"]),
     (configure(use_dora=True), "adapter_config.json", ["use_dora = True", "only plain LoRA"]),

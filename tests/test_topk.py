@@ -1,4 +1,4 @@
-r"""HN-3 against the oracle: neighbours, their order, exact ties, the bounds of K, blocks of rows."""
+r"""HN-3 against the oracle: neighbours, their order, exact ties, the bounds of K, blocks, half precision, work and memory."""
 
 import numpy as np
 import oracle
@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from hanorec import topk
 from hanorec.topk import topk_neighbors
@@ -19,11 +21,11 @@ def unit_rows(n, d, seed, dtype=torch.float64):
     return (e / e.norm(dim=1, keepdim=True)).to(dtype)
 
 
-def check_against_oracle(e, k, atol):
-    scores, index = topk_neighbors(e, k)
+def check_against_oracle(e, k, atol, block=None):
+    scores, index = topk_neighbors(e, k, block)
     expected_scores, expected_index = oracle.topk_neighbors(e.double().numpy(), k)
     assert scores.shape == index.shape == (len(e), k)
-    assert scores.dtype == e.dtype and index.dtype == torch.int64
+    assert scores.dtype == (torch.float64 if e.dtype == torch.float64 else torch.float32) and index.dtype == torch.int64
     np.testing.assert_array_equal(index.numpy(), expected_index)
     np.testing.assert_allclose(scores.numpy(), expected_scores, rtol=0, atol=atol)
 
@@ -40,10 +42,10 @@ def test_neighbours_match_the_oracle(k, dtype, atol):
 @given(n=st.integers(2, 12), d=st.integers(1, 3), data=st.data())
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 def test_exact_ties_go_to_the_smaller_row(n, d, data):
-    """Rows from a coarse grid tie all the time: duplicates, zero rows, opposite rows. Indices must match exactly."""
+    """Rows from a coarse grid tie all the time: duplicates, zero rows, opposite rows. Indices must match exactly, in blocks of any size."""
     rows = data.draw(st.lists(st.lists(st.sampled_from(GRID), min_size=d, max_size=d), min_size=n, max_size=n))
     k = data.draw(st.integers(1, n - 1))
-    check_against_oracle(torch.tensor(rows, dtype=torch.float32), k, 0)
+    check_against_oracle(torch.tensor(rows, dtype=torch.float32), k, 0, data.draw(st.integers(1, n + 1)))
 
 
 @pytest.mark.equation("HN-3")
@@ -86,11 +88,103 @@ def test_duplicates_of_random_rows_are_each_others_first_neighbours():
 
 @pytest.mark.equation("HN-3")
 @pytest.mark.parametrize("block", [1, 4, 11, 12])
-def test_blocks_of_rows_do_not_show(block, monkeypatch):
-    """11 items in blocks that divide 11, do not, equal it and exceed it; the row's own column moves with the block."""
-    monkeypatch.setattr(topk, "ROWS_PER_BLOCK", block)
-    check_against_oracle(unit_rows(11, 4, 4), 5, 1e-14)
-    check_against_oracle(torch.eye(3, dtype=torch.float64).repeat(4, 1)[:11], 5, 0)
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_blocks_do_not_show(block, k):
+    """11 items in blocks that divide 11, do not, equal it and exceed it; K below and above the block, up to N - 1."""
+    check_against_oracle(unit_rows(11, 4, 4), k, 1e-14, block)
+    check_against_oracle(torch.eye(3, dtype=torch.float64).repeat(4, 1)[:11], k, 0, block)
+
+
+@pytest.mark.equation("HN-3")
+def test_rows_along_an_arc():
+    """A row's neighbours stand beside it: every block improves on the last for the last row, none after the first for the first row."""
+    angle = torch.linspace(0, 1.2, 23, dtype=torch.float64) ** 2  # uneven steps: no ties
+    check_against_oracle(torch.stack([angle.cos(), angle.sin()], 1), 4, 1e-14, 5)
+
+
+@pytest.mark.equation("HN-3")
+@pytest.mark.parametrize("broken", ["rows alone", "later first"])
+def test_the_check_can_fail(broken, monkeypatch):
+    """Negative control: a kernel that forgets the transposed half, and one that lets a later equal score in, do not match the oracle."""
+    keep_best = topk._keep_best
+
+    def rows_alone(best, index, s, first):
+        if s.is_contiguous():
+            keep_best(best, index, s, first)
+
+    def later_first(best, index, s, first):
+        best -= 1e-9  # then an equal score beats it
+        keep_best(best, index, s, first)
+
+    monkeypatch.setattr(topk, "_keep_best", rows_alone if broken == "rows alone" else later_first)
+    with pytest.raises(AssertionError):
+        check_against_oracle(torch.eye(3, dtype=torch.float64).repeat(5, 1), 3, 1e-7, 4)
+
+
+@pytest.mark.equation("HN-3")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rows_are_summed_in_float32(dtype):
+    """The products of the rounded rows to float32's rounding, not to the half's, which is what a product in that precision gives."""
+    e = unit_rows(40, 50, 9, dtype)
+    check_against_oracle(e, 10, 1e-6, 16)
+    _, expected = oracle.topk_neighbors(e.double().numpy(), 10)
+    in_half = (e @ e.T).gather(1, torch.from_numpy(expected)).double()
+    exact = torch.einsum("nkd,nd->nk", e.double()[torch.from_numpy(expected)], e.double())
+    assert (in_half - exact).abs().max() > 1e-5
+
+
+@pytest.mark.equation("HN-3")
+def test_a_pair_has_one_score():
+    """In float32, where rounding could differ: at K = N - 1 the scores form a matrix equal to its transpose, bit for bit."""
+    scores, index = topk_neighbors(unit_rows(50, 33, 10, torch.float32), 49, 16)
+    s = torch.zeros(50, 50).scatter(1, index, scores)
+    assert torch.equal(s, s.T)
+
+
+@pytest.mark.equation("HN-3")
+def test_the_same_answer_each_time():
+    """Bit for bit in the same blocks; in other blocks the same neighbours (no ties here) and scores up to rounding."""
+    e = unit_rows(300, 64, 11, torch.float32)
+    scores, index = topk_neighbors(e, 10, 64)
+    again = topk_neighbors(e, 10, 64)
+    assert torch.equal(scores, again[0]) and torch.equal(index, again[1])
+    for block in (37, 299, 300):
+        other = topk_neighbors(e, 10, block)
+        assert torch.equal(index, other[1])
+        np.testing.assert_allclose(other[0], scores, rtol=0, atol=1e-6)
+
+
+@pytest.mark.equation("HN-3")
+@pytest.mark.parametrize(("block", "pairs"), [(100, 100 * 100), (25, 10 * 25 * 25), (30, 6 * 30 * 30 + 3 * 30 * 10 + 10 * 10)])
+def test_each_block_is_computed_once(block, pairs):
+    """100 rows: 4 blocks of 25 make 4 * 5 / 2 = 10 products; 3 of 30 and one of 10 make 6 square ones, 3 narrow, 1 small."""
+    with FlopCounterMode(display=False) as counter:
+        topk_neighbors(unit_rows(100, 8, 12), 5, block)
+    assert counter.get_total_flops() == 2 * 8 * pairs
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of bytes of any tensor made inside."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.equation("HN-3")
+@pytest.mark.parametrize("copies", [False, True])
+def test_memory_is_some_blocks(copies):
+    """1000 rows in blocks of 50, K = 2: no tensor is larger than the merged rows of a block, 50 x (2 + 50) of int64, as the ties of many
+    copies need them. A row of blocks, 50 x 1000, would be ten times that; e and the results, 1000 x 2, are smaller."""
+    e = unit_rows(1000, 4, 13, torch.float32)
+    with Largest() as largest:
+        topk_neighbors(e[:3].repeat(334, 1)[:1000] if copies else e, 2, 50)
+    assert 50 * 50 * 4 <= largest.size <= 50 * (2 + 50) * 8
 
 
 @pytest.mark.equation("HN-3")
@@ -117,8 +211,16 @@ def test_k_out_of_range(k):
 
 @pytest.mark.equation("HN-3")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_is_named(bad):
+@pytest.mark.parametrize("block", [2, 5])
+def test_a_row_that_is_not_finite_is_named(bad, block):
     e = unit_rows(5, 3, 8)
     e[3, 1] = bad
     with pytest.raises(ValueError, match="row 3"):
-        topk_neighbors(e, 2)
+        topk_neighbors(e, 2, block)
+
+
+@pytest.mark.equation("HN-3")
+@pytest.mark.parametrize("block", [0, -4])
+def test_block_out_of_range(block):
+    with pytest.raises(ValueError, match="block"):
+        topk_neighbors(unit_rows(5, 3, 8), 2, block)

@@ -8,7 +8,7 @@ r"""MicroLens -> native layout. Covers come from --images (file stem = item id).
 from pathlib import Path
 
 from hanorec.datasets.native import Log, add_title, convert, parser, split_fields
-from hanorec.errors import InputError, run
+from hanorec.errors import InputError, run, shown
 from hanorec.lines import numbered_lines, only_file
 
 HEADER = "user,item,timestamp"
@@ -19,7 +19,7 @@ def read_pairs_csv(path: Path) -> Log:
     for line, text in numbered_lines(path, progress=True):
         if line == 1:
             if text != HEADER:
-                raise InputError(f"{path}:1: header {text[:80]!r}; expected {HEADER!r}, so mend the file")
+                raise InputError(f"{path}:1: header {shown(text)}; expected {HEADER!r}, so mend the file")
             continue
         user, item, time = split_fields(path, line, text, ",", 3, HEADER)
         log.add(path, line, user, item, time)
@@ -31,7 +31,7 @@ def read_pairs_tsv(path: Path) -> Log:
     for line, text in numbered_lines(path, progress=True):
         user, items = split_fields(path, line, text, "\t", 2, "user<TAB>id id id ...")
         if user in log.users:
-            raise InputError(f"{path}:{line}: user {user!r} has an earlier line; expected one line a user, so join them")
+            raise InputError(f"{path}:{line}: user {shown(user)} has an earlier line; expected one line a user, so join them")
         for position, item in enumerate(items.split()):
             log.add(path, line, user, item, position)
     return log
@@ -45,7 +45,7 @@ def read_titles(path: Path) -> tuple[dict[str, str], bool]:
         item, comma, title = text.partition(",")
         if not comma:
             raise InputError(
-                f"{path}:{line}: no comma in {text[:80]!r}; expected item,title, so mend or remove the line"
+                f"{path}:{line}: no comma in {shown(text)}; expected item,title, so mend or remove the line"
             )
         if line == 1 and not item.isdigit():
             has_header = True

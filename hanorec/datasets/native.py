@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from hanorec.catalog import find_images
 from hanorec.datasets.covers import draw_cover
-from hanorec.errors import InputError
+from hanorec.errors import InputError, shown
 from hanorec.files import write_json, write_text
 
 MIN_ITEMS = 3  # train, val and test take at least one each
@@ -52,7 +52,7 @@ class Log:
 
 def check_id(path: Path, line: int, kind: str, name: str) -> None:
     if name.split() != [name]:
-        raise InputError(f"{path}:{line}: {kind} id {name!r}; expected a name without spaces, so mend the raw file")
+        raise InputError(f"{path}:{line}: {kind} id {shown(name)}; expected a name without spaces, so mend the raw file")
 
 
 def number(path: Path, line: int, kind: str, text: str | float) -> float:
@@ -62,7 +62,7 @@ def number(path: Path, line: int, kind: str, text: str | float) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise InputError(f"{path}:{line}: {kind} {text!r}; expected a finite number, so mend the raw file")
+        raise InputError(f"{path}:{line}: {kind} {shown(text)}; expected a finite number, so mend the raw file")
     return value
 
 
@@ -71,7 +71,7 @@ def split_fields(path: Path, line: int, text: str, separator: str, count: int, w
     fields = text.split(separator)
     if len(fields) != count:
         raise InputError(
-            f"{path}:{line}: {len(fields)} fields in {text[:80]!r}; expected {count} ({what}), "
+            f"{path}:{line}: {len(fields)} fields in {shown(text)}; expected {count} ({what}), "
             f"so mend or remove the line"
         )
     return fields
@@ -81,10 +81,10 @@ def add_title(titles: dict[str, str], path: Path, line: int, item: str, title: s
     """Set the title of a new item. InputError names path:line where id or title is empty, or the id is not new."""
     check_id(path, line, "item", item)
     if item in titles:
-        raise InputError(f"{path}:{line}: item {item!r} has an earlier line; expected each id once, so remove one")
+        raise InputError(f"{path}:{line}: item {shown(item)} has an earlier line; expected each id once, so remove one")
     if not title.strip():
         raise InputError(
-            f"{path}:{line}: item {item!r} has an empty title; expected text, so add one or remove the line"
+            f"{path}:{line}: item {shown(item)} has an empty title; expected text, so add one or remove the line"
         )
     titles[item] = title.strip()
 
@@ -169,7 +169,7 @@ def split(
     if few.any() and min_items is None:
         code = int(np.argmax(few))
         raise InputError(
-            f"user {users[code]!r}: {counts[code]} interactions, expected at least {MIN_ITEMS} "
+            f"user {shown(users[code])}: {counts[code]} interactions, expected at least {MIN_ITEMS} "
             f"(train, val and test take one each); leave out the {few.sum()} such users with --min-items {MIN_ITEMS}"
         )
     if few.all():
@@ -177,7 +177,7 @@ def split(
     kept = kept[~few[user[kept]]]
     for code in np.unique(item[kept]).tolist():
         if items[code] not in titles:
-            raise InputError(f"item {items[code]!r} occurs in interactions but has no title; add it to the raw titles")
+            raise InputError(f"item {shown(items[code])} occurs in interactions but has no title; add it to the raw titles")
     kept = kept[
         np.lexsort((np.asarray(log.time)[kept], user[kept]))
     ]  # by user, then time; stable, so ties keep the raw order

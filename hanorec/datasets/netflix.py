@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from hanorec.datasets.native import Log, add_title, convert, parser, split_fields
-from hanorec.errors import InputError, run
+from hanorec.errors import InputError, run, shown
 from hanorec.lines import numbered_lines
 
 
@@ -27,7 +27,7 @@ def read_ratings(paths: list[Path]) -> Iterator[tuple[Path, int, str, str, str, 
                 movie = text[:-1]
                 continue
             if movie is None:
-                raise InputError(f"{path}:{line}: {text[:80]!r} before any movie; expected a line such as '1:' first")
+                raise InputError(f"{path}:{line}: {shown(text)} before any movie; expected a line such as '1:' first")
             yield path, line, movie, *split_fields(path, line, text, ",", 3, "CustomerID, Rating, YYYY-MM-DD")
 
 
@@ -45,7 +45,7 @@ def read_log(paths: list[Path], users: set[str] | None) -> Log:
         try:
             time = day(text)
         except ValueError:
-            raise InputError(f"{path}:{line}: date {text!r}; expected YYYY-MM-DD, so mend the raw file") from None
+            raise InputError(f"{path}:{line}: date {shown(text)}; expected YYYY-MM-DD, so mend the raw file") from None
         log.add(path, line, user, movie, time, rating)
     return log
 
@@ -64,7 +64,7 @@ def read_titles(path: Path) -> dict[str, str]:
         fields = text.split(",", 2)
         if len(fields) != 3:
             raise InputError(
-                f"{path}:{line}: {len(fields)} fields in {text[:80]!r}; expected id,year,title, so mend the line"
+                f"{path}:{line}: {len(fields)} fields in {shown(text)}; expected id,year,title, so mend the line"
             )
         add_title(titles, path, line, fields[0], fields[2])
     return titles

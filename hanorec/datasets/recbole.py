@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hanorec.datasets.native import Log, add_title, convert, parser, split_fields
-from hanorec.errors import InputError, run
+from hanorec.errors import InputError, run, shown
 from hanorec.lines import numbered_lines, only_file
 
 
@@ -17,7 +17,7 @@ def read_rows(path: Path, progress: bool = False) -> tuple[list[str], Iterator[t
     lines = numbered_lines(path, progress=progress)
     header = next(lines, (1, ""))[1].split("\t")
     if not all(name and kind for name, _, kind in (field.partition(":") for field in header)):
-        raise InputError(f"{path}:1: header {header}; expected typed columns such as user_id:token, separated by tabs")
+        raise InputError(f"{path}:1: header {shown(header)}; expected typed columns such as user_id:token, separated by tabs")
     names = [field.partition(":")[0] for field in header]
     what = ", ".join(names)
     return names, ((line, split_fields(path, line, text, "\t", len(names), what)) for line, text in lines)
@@ -28,7 +28,7 @@ def column(path: Path, names: list[str], wanted: str, option: str) -> int:
     for name in wanted.split(","):
         if name in names:
             return names.index(name)
-    raise InputError(f"{path}:1: no column {wanted!r} among {', '.join(names)}; name the right one with {option}")
+    raise InputError(f"{path}:1: no column {wanted!r} among {shown(', '.join(names))}; name the right one with {option}")
 
 
 def read_interactions(path: Path, user: str, item: str, time: str, rating: str) -> Log:
