@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import _status as status
+from measure import status
 
 from hanorec.candidates import draw_candidates, load_candidates, save_candidates
 from hanorec.catalog import load_catalog

@@ -93,11 +93,11 @@ def measure_memory(side: Callable[[], object], device: str) -> float:
     gc.collect()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     side()
-    return (_status("VmHWM") - before) / 2**10
+    return (status("VmHWM") - before) / 2**10
 
 
-def _status(field: str) -> float:
+def status(field: str) -> float:
     with open("/proc/self/status") as file:
         return next(float(line.split()[1]) for line in file if line.startswith(field))

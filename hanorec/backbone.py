@@ -112,7 +112,8 @@ def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixe
         raise InputError(f"{path}: model type {family!r}, expected one of {', '.join(FAMILIES)}")
     if missing := sorted(loading["missing_keys"]):  # Transformers would draw them at random and only warn
         raise InputError(f"{path}: {len(missing)} weights are missing, e.g. {missing[0]}, expected a whole checkpoint; copy it again")
-    if extra := sorted(loading["unexpected_keys"]):  # Transformers would leave them out and only warn: perhaps layers that config.json lacks
+    # Transformers would leave them out and only warn: perhaps layers that config.json lacks. Positions are computed, not learnt; old files hold them.
+    if extra := sorted(key for key in loading["unexpected_keys"] if not key.endswith(("position_ids", "inv_freq"))):
         raise InputError(f"{path}: {len(extra)} weights have no place in the model that config.json describes, e.g. {extra[0]}; expected config.json "
                          "and weights of one checkpoint; copy both again")
     try:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from hanorec.backbone import Backbone, Picture, hidden_states, image_features, prompt_positions
 from hanorec.catalog import Catalog, read_image
 from hanorec.hars import fuse, mean_pool
+from hanorec.prompts import text_ids
 from hanorec.topk import topk_neighbors
 
 BATCH = 32  # images or titles in one forward
@@ -42,8 +43,7 @@ def item_embeddings(backbone: Backbone, catalog: Catalog, pictures: Mapping[int,
     """
     n = len(catalog.ids)
     X, has_image = torch.zeros(n, backbone.width), torch.tensor([row in pictures for row in range(n)])
-    titles = backbone.tokenizer(list(catalog.titles), add_special_tokens=False, split_special_tokens=True)["input_ids"]  # `text_ids` of all
-    H = _pooled(backbone, [(ids, None) for ids in titles], form)
+    H = _pooled(backbone, [(text_ids(backbone, title), None) for title in catalog.titles], form)
     if pictures:
         token, shown = backbone.image_token, [pictures[row] for row in range(n) if row in pictures]
         X[has_image] = _pooled(backbone, [([token] * len(picture.features), picture) for picture in shown], form)
