@@ -115,6 +115,7 @@ def open_run(out: str | Path, settings: Mapping[str, Any], result: str) -> Path:
     if not out.is_dir() or not (out / "run.json").exists():
         raise InputError(f"{out}: exists and is not an empty folder, expected a new one, or a stopped run of the same command; choose another --out")
     if (out / result).exists():
+        drop_checkpoints(out)  # killed after the result, before these were deleted
         raise InputError(f"{out}: holds a finished run, expected a new folder; choose another --out or remove it")
     stored = read_object(out / "run.json").get("settings", {})
     for name, value in json.loads(json.dumps(settings)).items():

@@ -71,6 +71,10 @@ def test_killed_at_random_points(launch, data, checkpoints, sft, tmp_path, main,
     while killed < kills:
         out, number = tmp_path / f"run{number}", number + 1
         for _ in range(200):
+            if (out / "adapter_config.json").exists():  # killed after the result was whole: a finished run, which is left as it is
+                with pytest.raises(InputError, match="holds a finished run"):
+                    main([*map(str, argv), "--out", str(out)])
+                break
             status = in_a_child(lambda: main([*map(str, argv), "--out", str(out)]), kill_after=rng.uniform(0, took))  # noqa: B023  it is called at once
             assert status in (0, -signal.SIGKILL)
             killed += status != 0
@@ -243,6 +247,7 @@ def test_a_finished_run_is_refused(stopped):
     stopped.run()
     with pytest.raises(InputError, match="holds a finished run"):
         stopped.run()
+    assert not list(stopped.out.glob("checkpoint-*"))  # of no use any more
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
