@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hanorec.backbone import Backbone, load_backbone
+from hanorec.backbone import Backbone, Picture, load_backbone
 from hanorec.candidates import draw_candidates, draw_hard_candidates, load_candidates, save_candidates
 from hanorec.catalog import Catalog, data_hash, load_catalog
 from hanorec.config import DataConfig, EvalConfig, ModelConfig, parse
@@ -77,11 +77,15 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
             drawn = draw_hard_candidates(examples, catalog, near, data.candidates - 1, config.seed)
             save_candidates(path, drawn, catalog, **facts, embedding=f"input embeddings of {backbone.path}")
         sets[kind] = [e for e in load_candidates(path, examples, catalog, **facts) if e.user in users]
-    pictures = pictures or load_pictures(backbone, catalog, data)
-    if config.images == "shuffled":  # a cycle through all owners of an image, so that nobody keeps its own
-        owners = np.random.default_rng(config.seed).permutation(list(pictures)).tolist()
-        pictures = {row: pictures[other] for row, other in zip(owners, np.roll(owners, 1).tolist(), strict=True)}
-    return Source(backbone, catalog, pictures, data), sets
+    return Source(backbone, catalog, shown_pictures(pictures or load_pictures(backbone, catalog, data), config), data), sets
+
+
+def shown_pictures(pictures: dict[int, Picture], config: EvalConfig) -> dict[int, Picture]:
+    """Each item's own picture; --images shuffled: another item's, by a cycle through all owners, so that nobody keeps its own."""
+    if config.images == "own":
+        return pictures
+    owners = np.random.default_rng(config.seed).permutation(list(pictures)).tolist()
+    return {row: pictures[other] for row, other in zip(owners, np.roll(owners, 1).tolist(), strict=True)}
 
 
 def retrieved(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple[Source, list[Example], np.ndarray, float]:
@@ -92,7 +96,7 @@ def retrieved(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple
     had = [interactions.before(e.user, config.split) for e in chosen]
     found, places = retrieve(retriever, catalog, chosen, had, config.top_n, config.seed)
     seconds = time.perf_counter() - start
-    return Source(backbone, catalog, load_pictures(backbone, catalog, data), data), found, places, seconds
+    return Source(backbone, catalog, shown_pictures(load_pictures(backbone, catalog, data), config), data), found, places, seconds
 
 
 def rerank(source: Source, examples: list[Example], places: np.ndarray, seconds: float, policies: Sequence[str], config: EvalConfig) -> dict[str, Any]:
@@ -201,7 +205,7 @@ def use_policy(backbone: Backbone, policy: str) -> None:
     backbone.model.eval()
 
 
-def input_hashes(source: Source, config: EvalConfig, sets: Iterable[str], policies: Sequence[str]) -> dict[str, str]:
+def evaluated_hashes(source: Source, config: EvalConfig, sets: Iterable[str], policies: Sequence[str]) -> dict[str, str]:
     """What was evaluated on what: the data, the candidate sets, and every policy's adapter."""
     files = {f"candidates_{kind}": Path(source.config.data) / f"candidates_{config.split}_{kind}.json" for kind in sets if kind != "retrieved"}
     if config.retriever is not None:
@@ -217,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--adapter {' '.join(policies)}: one policy twice; name each once")
     if config.user is not None:
         config = replace(config, sets="random")
+    if config.retriever is not None and config.similarity:
+        raise InputError("--similarity with --retriever: expected one of the two, since reranking has no such report; run them apart")
     out = claim_folder(config.out)
     backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels)
     if config.retriever is not None:
@@ -226,11 +232,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         source, sets = candidate_sets(backbone, data, config)
     if config.user is not None:
         write_json(out / "recommendations.json", recommend(source, next(iter(sets.values())), policies, config))
-        write_run(out, [model_config, data, config], input_hashes(source, config, sets, policies))
+        write_run(out, [model_config, data, config], evaluated_hashes(source, config, sets, policies))
         return
     if config.retriever is not None:
         write_json(out / "metrics.json", {"settings": asdict(data) | asdict(config), **rerank(source, found, places, seconds, policies, config)})
-        write_run(out, [model_config, data, config], input_hashes(source, config, sets, policies))
+        write_run(out, [model_config, data, config], evaluated_hashes(source, config, sets, policies))
         print(f"\nwrote {out / 'metrics.json'}")
         return
     if config.similarity and sum(path is not None for path in source.catalog.images) < 10:
@@ -263,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.similarity:
         report["similarity"] = similarity(source, policies)
     write_json(out / "metrics.json", report)
-    write_run(out, [model_config, data, config], input_hashes(source, config, sets, policies))
+    write_run(out, [model_config, data, config], evaluated_hashes(source, config, sets, policies))
     print(f"\nwrote {out / 'metrics.json'}")
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from hanorec.backbone import usable_device
 from hanorec.brmrs import NegativeSampler
 from hanorec.brmrs_model import BRMRS, step_loss
 from hanorec.checkpoint import drop_checkpoints, load_checkpoint, open_run, save_checkpoint
@@ -31,14 +32,6 @@ from hanorec.ranking_data import load_ranking_data
 from hanorec.training import all_settings, append_log, write_run
 
 DATA = "data"  # in OUT: a native folder's pairs and features, as they were when the run began
-
-
-def usable_device(name: str) -> torch.device:
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: cannot be used ({str(error).splitlines()[0]}); expected cpu, or cuda on a machine with a GPU") from None
 
 
 def write_tensors(path: Path, **tensors: Tensor) -> None:

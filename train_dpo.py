@@ -3,9 +3,11 @@
     python train_dpo.py --model MODEL --sft SFT --data DATA --out OUT [--ablation full|no_hars|no_nodo|no_sam|dpo]
 
 The policy is the SFT policy with a fresh adapter on top; the reference is the same network with that adapter off.
-OUT receives the adapter, a copy of the SFT adapter that it stands on (OUT/below), log.jsonl and run.json.
+OUT receives the adapter, a copy of the SFT adapter that it stands on (OUT/below), the reference's log-probabilities
+(reference.safetensors), log.jsonl and run.json. A run that was killed goes on when the same command is given again.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from hanorec.backbone import load_backbone
 from hanorec.checkpoint import drop_checkpoints, generators, load_checkpoint, open_run, save_checkpoint
 from hanorec.config import DataConfig, DpoConfig, ModelConfig, TrainConfig, parse
-from hanorec.errors import run
+from hanorec.errors import InputError, run
 from hanorec.hars import RunningReward, cluster_gap, hardness, pair_beta, responsiveness, reward_gap
 from hanorec.items import neighbors
 from hanorec.lora import adapters_off, add_lora, attach_policy, lora_noise, save_policy
@@ -50,6 +52,8 @@ def pair_logits(log_probs: Tensor, reference: Tensor) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> None:
     configs = model_config, data, train, dpo = parse([ModelConfig, DataConfig, TrainConfig, DpoConfig], argv, __doc__)
+    if data.plain and dpo.reference not in ("once", "live"):
+        raise InputError(f"--reference {dpo.reference} with --plain true, which computes the reference at every step; expected one of the two: leave one out")
     out = open_run(train.out, all_settings(configs), "adapter_config.json")
     torch.manual_seed(train.seed)
     backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels)
@@ -79,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained = [weight for layer in layers for weight in (layer.A, layer.B)]
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=0.0)
     noise = torch.Generator(device).manual_seed(train.seed)
-    size = train.micro_batch * train.accumulation
-    plan = [(epoch, batch) for epoch in range(train.epochs) for batch in global_batches(len(rows), size, train.seed, epoch, least=-(-3 // dpo.rejected))]
+    size, least = train.micro_batch * train.accumulation, math.ceil(3 / dpo.rejected)  # HN-7 needs 3 pairs in a step
+    plan = [(epoch, batch) for epoch in range(train.epochs) for batch in global_batches(len(rows), size, train.seed, epoch, least)]
     inputs = input_hashes(policy, source.catalog, train.sft)
     facts = {"pairs": rejected.numel(), "steps": len(plan), "sigma_n": dpo.sigma_n, "lambda_range": [lam.min().item(), lam.max().item()],
              "trained_weights": sum(w.numel() for w in trained)}

@@ -78,6 +78,15 @@ class Backbone:
         return [self.config.vision_start_token_id], [self.config.vision_end_token_id]
 
 
+def usable_device(name: str) -> torch.device:
+    """cpu, cuda, or auto = cuda if there is one. InputError for a device that this machine does not have."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: cannot be used ({_brief(error)}); expected cpu, or cuda on a machine with a GPU") from None
+
+
 def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixels: int = 224 * 224) -> Backbone:
     """Load a checkpoint from a local folder or a hub name: safetensors only, never remote code, no torchvision.
 
@@ -89,13 +98,9 @@ def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixe
         InputError: not a checkpoint, another family, weights that are missing, too many, of other shapes or no floats, a tokenizer without
             an end token, without the image token, or of another model.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = str(usable_device(device))
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
     safe = {"trust_remote_code": False}
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: cannot be used ({_brief(error)}); expected cpu, or cuda on a machine with a GPU") from None
     if (looks_local := Path(path).expanduser()).exists() and not (looks_local / "config.json").exists():
         raise InputError(f"{path}: no config.json in it, expected a checkpoint folder as save_pretrained writes it; check --model")
     try:

@@ -69,6 +69,13 @@ def load_checkpoint(out: Path, weights: Sequence[Tensor], optimizer: torch.optim
         return 0, {}
     path, again = found[-1], "the run cannot go on: choose another --out"
     stored = read_object(path / "state.json")
+    step, facts, log_bytes = (stored.get(name) for name in ("step", "facts", "log_bytes"))
+    if not (isinstance(step, int) and isinstance(facts, dict) and isinstance(log_bytes, int)):
+        raise InputError(f"{path / 'state.json'}: step = {step!r}, facts = {facts!r}, log_bytes = {log_bytes!r}, expected two whole numbers and an "
+                         f"object: the file was edited; {again}")
+    log = out / "log.jsonl"
+    if (size := log.stat().st_size if log.exists() else 0) < log_bytes:
+        raise InputError(f"{log}: {size} bytes, expected at least the {log_bytes} that it had at the checkpoint: lines are lost; {again}")
     try:
         data = (path / "state.safetensors").read_bytes()
         if hashlib.sha256(data).hexdigest() != stored.get("tensors_sha256"):
@@ -79,6 +86,9 @@ def load_checkpoint(out: Path, weights: Sequence[Tensor], optimizer: torch.optim
     shapes = {f"weight.{i}": tuple(weight.shape) for i, weight in enumerate(weights)}
     if {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("weight.")} != shapes:
         raise InputError(f"{path}: its weights have other shapes than this run's, expected the same model and settings; {again}")
+    if (kept := {name.removeprefix("random.") for name in tensors if name.startswith("random.")}) != set(random):
+        raise InputError(f"{path}: holds the random generators {sorted(kept)}, this run has {sorted(random)}, expected the same: it was written on "
+                         f"another kind of device; go on there, or choose another --out")
     with torch.no_grad():
         for i, weight in enumerate(weights):
             weight.copy_(tensors[f"weight.{i}"])
@@ -91,10 +101,9 @@ def load_checkpoint(out: Path, weights: Sequence[Tensor], optimizer: torch.optim
         elif kind == "random":
             random[rest].set_state(tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    log = out / "log.jsonl"
     if log.exists():
-        os.truncate(log, stored["log_bytes"])
-    return stored["step"], stored["facts"]
+        os.truncate(log, log_bytes)
+    return step, facts
 
 
 def drop_checkpoints(out: Path) -> None:
@@ -117,7 +126,8 @@ def open_run(out: str | Path, settings: Mapping[str, Any], result: str) -> Path:
     if (out / result).exists():
         drop_checkpoints(out)  # killed after the result, before these were deleted
         raise InputError(f"{out}: holds a finished run, expected a new folder; choose another --out or remove it")
-    stored = read_object(out / "run.json").get("settings", {})
+    stored = read_object(out / "run.json").get("settings")
+    stored = stored if isinstance(stored, dict) else {}
     for name, value in json.loads(json.dumps(settings)).items():
         if stored.get(name) != value:
             raise InputError(f"{out}: holds a stopped run with {name} = {stored.get(name)!r}, this command has {value!r}; give the same "

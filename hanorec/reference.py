@@ -42,8 +42,10 @@ def load_reference(path: Path, facts: dict[str, Any]) -> Tensor:
             stored, log_probs = json.loads((file.metadata() or {}).get("facts", "{}")), file.get_tensor("log_probs")
     except FileNotFoundError:
         raise InputError(f"--reference {path}: no such file, expected once, live, or the reference.safetensors of another run") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not a whole file of reference log-probabilities ({error}); {again}") from None
+    if not isinstance(stored, dict):
+        raise InputError(f"{path}: its facts are {stored!r}, expected an object: the file was edited; {again}")
     for name, value in json.loads(json.dumps(facts)).items():
         if stored.get(name) != value:
             raise InputError(f"{path}: its {name} is {stored.get(name)!r}, expected {value!r}: it is stale, or of another run; {again}")

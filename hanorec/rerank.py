@@ -81,7 +81,7 @@ def rerank_report(examples: Sequence[Example], before: np.ndarray, scores: dict[
 
 def print_report(report: dict[str, Any]) -> None:
     print(f"\nretriever: {100 * report['retrieved']:.2f}% of the targets among the {report['top_n']} items retrieved, so no order can recall more")
-    metrics = [name for name in next(iter(report["orders"].values()))["metrics"] if name not in ("NDCG@1",)]
+    metrics = [name for name in next(iter(report["orders"].values()))["metrics"] if name != "NDCG@1"]  # it is Recall@1
     width = max(12, *map(len, report["orders"]))
     print(f"{'order, %':<{width}}" + "".join(f"{name:>11}" for name in metrics))
     for name, order in report["orders"].items():

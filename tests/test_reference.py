@@ -15,7 +15,7 @@ from hanorec.files import sha256
 from hanorec.items import item_embeddings
 from hanorec.lora import attach_policy, remove_adapters
 from hanorec.losses import preference_logit
-from hanorec.reference import load_reference, rows_hash
+from hanorec.reference import load_reference, rows_hash, save_reference
 from hanorec.tasks import negatives_of, preferences, views
 
 GENTLE = [*toy.STEPS, "--lora-dropout", 0, "--learning-rate", 1e-4]  # moves a weight by up to 2e-4 in three steps
@@ -81,6 +81,17 @@ def test_a_broken_reference_is_refused(launch, sft, once, tmp_path):
         launch(train_dpo.main, *GENTLE, "--sft", sft, "--reference", path)
     with pytest.raises(InputError, match="no such file, expected once, live, or"):
         launch(train_dpo.main, *GENTLE, "--sft", sft, "--reference", tmp_path / "none")
+
+
+def test_edited_facts_are_refused(tmp_path):
+    save_reference(tmp_path / "r", torch.zeros(1, 2), [1])
+    with pytest.raises(InputError, match=r"its facts are \[1\], expected an object"):
+        load_reference(tmp_path / "r", {"rows": "x"})
+
+
+def test_plain_has_no_use_for_a_file(launch, sft, once):
+    with pytest.raises(InputError, match="--reference .* with --plain true"):
+        launch(train_dpo.main, *GENTLE, "--sft", sft, "--plain", "true", "--reference", once[0] / "reference.safetensors")
 
 
 def test_rows_hash_sees_every_part(data, checkpoints):

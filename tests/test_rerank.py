@@ -114,3 +114,17 @@ def test_a_list_for_one_user(data, checkpoints, retriever, tmp_path):
 def test_a_folder_that_is_no_retriever(data, checkpoints, sft, tmp_path):
     with pytest.raises(InputError, match="names.json: no such file"):
         run(data, checkpoints, tmp_path / "out", "--retriever", sft)
+
+
+def test_shuffled_images_change_the_order_and_not_what_is_retrieved(data, checkpoints, retriever, tmp_path):
+    reports = {}
+    for images in ("own", "shuffled"):
+        run(data, checkpoints, tmp_path / images, "--retriever", retriever, "--top-n", 8, "--images", images)
+        reports[images] = json.loads((tmp_path / images / "metrics.json").read_text())
+    assert reports["own"]["users"] == reports["shuffled"]["users"]
+    assert reports["own"]["orders"]["base"]["ranks"] != reports["shuffled"]["orders"]["base"]["ranks"]
+
+
+def test_no_similarity_report_of_a_reranking(data, checkpoints, retriever, tmp_path):
+    with pytest.raises(InputError, match="--similarity with --retriever"):
+        run(data, checkpoints, tmp_path / "out", "--retriever", retriever, "--similarity", "true")

@@ -269,6 +269,32 @@ def test_a_damaged_checkpoint_is_refused(stopped, damage, words):
         stopped.run()
 
 
+@pytest.mark.parametrize("change", [lambda state: state.pop("step"), lambda state: state.update(facts=[]), lambda state: state.update(log_bytes="9")])
+def test_an_edited_state_is_refused(stopped, change):
+    path = next(stopped.out.glob("checkpoint-*")) / "state.json"
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    with pytest.raises(InputError, match="state.json: step = .*, facts = .*, log_bytes = .*, expected"):
+        stopped.run()
+
+
+@pytest.mark.parametrize("lose", [lambda log: log.unlink(), lambda log: log.write_text("")], ids=["deleted", "emptied"])
+def test_a_lost_log_is_refused(stopped, lose):
+    """Going on would leave a gap in it."""
+    lose(stopped.out / "log.jsonl")
+    with pytest.raises(InputError, match="log.jsonl: 0 bytes, expected at least .*: lines are lost"):
+        stopped.run()
+
+
+def test_another_kind_of_device_is_refused(stopped):
+    """As if the run had been begun on a GPU, whose dropout has a generator of its own."""
+    weights = [torch.zeros(3, 2, requires_grad=True), torch.zeros(2, requires_grad=True)]
+    sources = generators(torch.device("cpu"), own=torch.Generator(), cuda=torch.Generator())
+    with pytest.raises(InputError, match="holds the random generators .*'own', 'torch'.*, this run has .*'cuda', 'own', 'torch'"):
+        load_checkpoint(stopped.out, weights, torch.optim.AdamW(weights), sources)
+
+
 def test_another_model_is_refused(stopped):
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     with pytest.raises(InputError, match="weights have other shapes"):
