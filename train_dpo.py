@@ -4,7 +4,7 @@
 
 The policy is the SFT policy with a fresh adapter on top; the reference is the same network with that adapter off.
 OUT receives the adapter, a copy of the SFT adapter that it stands on (OUT/below), the reference's log-probabilities
-(reference.safetensors), log.jsonl and run.json. A run that was killed goes on when the same command is given again.
+(reference.safetensors), pairs.tsv (lambda of every pair), log.jsonl and run.json. A run that was killed goes on when the same command is given again.
 """
 
 import math
@@ -19,14 +19,15 @@ from hanorec.backbone import load_backbone
 from hanorec.checkpoint import drop_checkpoints, generators, load_checkpoint, open_run, save_checkpoint
 from hanorec.config import DataConfig, DpoConfig, ModelConfig, TrainConfig, parse
 from hanorec.errors import InputError, run
-from hanorec.hars import RunningReward, cluster_gap, hardness, pair_beta, responsiveness, reward_gap
+from hanorec.files import write_text
+from hanorec.hars import RunningReward, cluster_gap, hardness, misassigned, pair_beta, responsiveness, reward_gap
 from hanorec.items import neighbors
 from hanorec.lora import adapters_off, add_lora, attach_policy, lora_noise, save_policy
 from hanorec.losses import dpo_loss, kl_divergence, preference_logit
 from hanorec.prompts import collate
 from hanorec.reference import load_reference, rows_hash, save_reference
 from hanorec.scoring import answer_log_probs, answer_logits, forward, score_rows
-from hanorec.tasks import load_examples, preferences
+from hanorec.tasks import Preference, load_examples, preferences
 from hanorec.training import (
     all_settings,
     append_log,
@@ -50,6 +51,14 @@ def pair_logits(log_probs: Tensor, reference: Tensor) -> Tensor:
     return preference_logit(w.expand_as(l).flatten(), l.flatten(), ref_w.expand_as(l).flatten(), ref_l.flatten())
 
 
+def write_pairs(path: Path, pairs: Sequence[Preference], ids: Sequence[str], cosine: Tensor, delta: Tensor, lam: Tensor) -> None:
+    """What HaRS makes of each pair, a line a pair: how alike its items are, Delta, lambda; numbers (pairs,) in the order of the rows."""
+    items = [(pair.row.name, ids[pair.chosen], ids[rejected]) for pair in pairs for rejected in pair.rejected]
+    numbers = zip(cosine.tolist(), delta.tolist(), lam.flatten().tolist(), strict=True)
+    lines = ["\t".join([*names, *(f"{x:.6f}" for x in values)]) for names, values in zip(items, numbers, strict=True)]
+    write_text(path, "\n".join(["user\tchosen\trejected\tcosine\tdelta\tlambda", *lines]) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     configs = model_config, data, train, dpo = parse([ModelConfig, DataConfig, TrainConfig, DpoConfig], argv, __doc__)
     if data.plain and dpo.reference not in ("once", "live"):
@@ -70,9 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if dpo.hars:
         e, scores, index = neighbors(backbone, source.catalog, source.pictures, dpo.k, dpo.embedding)
         form = "cosine" if dpo.ablation == "no_sam" else dpo.gap
-        delta = torch.cat([cluster_gap(e, scores, index, w, l, form)
-                           for w, l in zip(chosen.flatten().split(1024), rejected.flatten().split(1024), strict=True)])
-        lam = hardness(delta, dpo.hardness).view(rejected.shape)
+        split = list(zip(chosen.flatten().split(1024), rejected.flatten().split(1024), strict=True))
+        delta = torch.cat([cluster_gap(e, scores, index, w, l, form) for w, l in split])  # (prompts n,)
+        lam = misassigned(hardness(delta, dpo.hardness), dpo.control, torch.Generator().manual_seed(train.seed)).view(rejected.shape)
+        cosine_wl = torch.cat([(e[w] * e[l]).sum(1) for w, l in split])  # (prompts n,)
+        write_pairs(out / "pairs.tsv", pairs, source.catalog.ids, cosine_wl, delta, lam)
 
     if train.sft is not None:
         attach_policy(policy, train.sft)

@@ -110,6 +110,7 @@ class DpoConfig:
     embedding: Literal["input", "hidden"] = option("input", "ours: HN-1 from input embeddings, or from last hidden states")
     gap: Literal["union", "ranked"] = option("union", "document's claim needs union; ranked is the authors' release (HN-4)")
     hardness: Literal["sigmoid", "ratio", "standardised"] = option("sigmoid", "document; ratio: authors' release; standardised: ours (HN-5)")
+    control: Literal["none", "reversed", "permuted"] = option("none", "ours, controls: the same lambdas, but the largest for the hardest pair and so on, or dealt out at random")
     eta: Literal["batch", "ema"] = option("batch", "document; ema (ours) normalises by running statistics (HN-7)")
     trim: float | None = option(None, "document: filter extremes; none drops one reward at each end, a fraction more (HN-7)")
     dataset: Literal["microlens", "netflix", "movielens"] = option("microlens", "its noise strength, 0.05, 0.1 or 0.1 (authors' release, within the document's 0.05 to 0.1)")

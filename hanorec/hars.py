@@ -100,6 +100,22 @@ def hardness(delta: Tensor, form: str = "sigmoid", mean: float | Tensor | None =
     raise InputError(f"form {form!r} of the hardness: expected sigmoid, ratio or standardised")
 
 
+def misassigned(lam: Tensor, control: str, generator: torch.Generator | None = None) -> Tensor:
+    r"""The lambdas (P,) given to the wrong pairs: what reweighting is worth beyond its spread.
+
+    control: "reversed" (the hardest pair gets the largest, and so on), "permuted" (dealt out at random), "none".
+    """
+    if control == "none":
+        return lam
+    if control == "reversed":
+        order, wrong = lam.argsort(stable=True), torch.empty_like(lam)
+        wrong[order] = lam[order.flip(0)]
+        return wrong
+    if control == "permuted":
+        return lam[torch.randperm(len(lam), generator=generator).to(lam.device)]
+    raise InputError(f"control {control!r} of the hardness: expected none, reversed or permuted")
+
+
 def reward_gap(h: Tensor, beta0: float) -> Tensor:
     r"""R: (P,) from the preference logit h (P,) of DPO-1; detached. Positive = the policy moved toward the chosen item."""
     # HN-6: R_i = \beta_0 h_i

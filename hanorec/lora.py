@@ -277,7 +277,7 @@ def save_policy(model: nn.Module, directory: str | Path, base: str, below: str |
     """`save_adapter`, with a copy of the adapter it stands on in the folder `below`, so that the folder is whole by itself."""
     if below is not None:
         shutil.copytree(below, Path(directory) / "below", dirs_exist_ok=True,  # there already, if a run was killed here
-                        ignore=shutil.ignore_patterns("log.jsonl", "run.json", "reference.safetensors", "checkpoint-*", "*.png"))
+                        ignore=shutil.ignore_patterns("log.jsonl", "run.json", "pairs.tsv", "reference.safetensors", "checkpoint-*", "*.png"))
     save_adapter(model, directory, base, **facts)
 
 
