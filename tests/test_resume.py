@@ -323,9 +323,9 @@ def test_nothing_is_pickled(checkpoints, data, tmp_path):
         train_dpo.main(argv)
 
     assert in_a_child(lambda: work(True)) == 3
-    assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} == {".safetensors", ".json", ".jsonl"}
+    assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} == {".safetensors", ".json", ".jsonl", ".tsv"}
     assert in_a_child(lambda: work(False)) == 0
-    assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} == {".safetensors", ".json", ".jsonl"}
+    assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} == {".safetensors", ".json", ".jsonl", ".tsv"}
     assert in_a_child(lambda: (sys.addaudithook(lambda event, _: event == "pickle.find_class" and os._exit(7)),  # the check can fail
                                pickle.loads(pickle.dumps(errno.errorcode.get)))) == 7
 
