@@ -37,10 +37,10 @@ from transformers import (
 
 from hanorec.backbone import Backbone, hidden_states, load_backbone, prompt_positions
 from hanorec.errors import InputError, run
+from hanorec.files import claim_folder
 from hanorec.lora import rms
 from hanorec.losses import token_log_probs
 from hanorec.prompts import text_ids, turn
-from hanorec.training import claim_folder
 
 IMAGE, PATCH = 56, 14  # 16 patches; a portrait cover costs 28 tokens with --max-pixels 3136 (one tile), else 46 (two)
 TILES = [[IMAGE, IMAGE], [IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]]

@@ -101,9 +101,9 @@ def hardness(delta: Tensor, form: str = "sigmoid", mean: float | Tensor | None =
 
 
 def misassigned(lam: Tensor, control: str, generator: torch.Generator | None = None) -> Tensor:
-    r"""The lambdas (P,) given to the wrong pairs: what reweighting is worth beyond its spread.
+    r"""Controls of HaRS (ours): the lambdas (P,) given to the wrong pairs. Is it worth anything that each pair has its own?
 
-    control: "reversed" (the hardest pair gets the largest, and so on), "permuted" (dealt out at random), "none".
+    control: "reversed" (the hardest pair gets the largest, and so on), "permuted" (dealt out at random), "mean" (all alike), "none".
     """
     if control == "none":
         return lam
@@ -113,7 +113,9 @@ def misassigned(lam: Tensor, control: str, generator: torch.Generator | None = N
         return wrong
     if control == "permuted":
         return lam[torch.randperm(len(lam), generator=generator).to(lam.device)]
-    raise InputError(f"control {control!r} of the hardness: expected none, reversed or permuted")
+    if control == "mean":
+        return lam.mean().expand_as(lam)
+    raise InputError(f"control {control!r} of the hardness: expected none, reversed, permuted or mean")
 
 
 def reward_gap(h: Tensor, beta0: float) -> Tensor:

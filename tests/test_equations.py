@@ -1,12 +1,15 @@
 """docs/equations.md and the code agree, in both directions."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+from hanorec import config
 
 ROOT = Path(__file__).parent.parent
 IDS = ["SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)), *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7))]
@@ -29,15 +32,23 @@ def symbol_of(entry: str) -> object:
     return found
 
 
-def marked_ids(path: Path) -> set[str]:
-    """IDs in @pytest.mark.equation(...) of the tests of a file."""
-    found = set()
+def marks(path: Path) -> dict[str, set[str]]:
+    """Test function of a file -> IDs in its @pytest.mark.equation(...)."""
+    found = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            for mark in node.decorator_list:
-                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.equation":
-                    found |= {argument.value for argument in mark.args}
+            found[node.name] = {argument.value for mark in node.decorator_list
+                                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.equation" for argument in mark.args}
     return found
+
+
+def options(entry: str) -> list[tuple[str, str]]:
+    """What an entry calls a flag, with the value or the values in words behind it: "`--gap ranked`" -> ("gap", "ranked")."""
+    return [(flag.replace("-", "_"), value.strip()) for flag, value in re.findall(r"`--([a-z][a-z0-9-]*)([^`]*)`", entry)]
+
+
+def settings(*kinds: type) -> dict[str, dataclasses.Field]:
+    return {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
 
 
 def test_the_entries_are_the_equations():
@@ -63,15 +74,31 @@ def test_each_entry_has_a_formula_and_a_source(equation):
 
 
 @pytest.mark.parametrize("equation", IDS)
-def test_each_equation_has_a_marked_test(equation):
-    assert any(equation in marked_ids(path) for path in (ROOT / "tests").glob("test_*.py"))
+def test_each_entry_names_a_test_that_carries_its_mark(equation):
+    (path, name), = re.findall(r"^- Test: `(tests/test_\w+\.py)::(test_\w+)`$", entries()[equation], re.MULTILINE)
+    assert equation in marks(ROOT / path).get(name, set())
+
+
+@pytest.mark.parametrize("equation", IDS)
+def test_each_option_named_is_a_setting(equation):
+    """The flag is a field of the configuration of its method, and a value behind it is one that the field takes."""
+    brmrs = equation.startswith("BR")
+    known = settings(config.BrmrsConfig) if brmrs else settings(config.ModelConfig, config.DataConfig, config.TrainConfig, config.DpoConfig, config.EvalConfig)
+    for flag, values in options(entries()[equation]):
+        assert flag in known, flag
+        allowed = getattr(known[flag].type, "__args__", ())
+        if values and allowed and all(isinstance(value, str) for value in allowed):
+            assert set(re.split(r"[ |]+", values)) <= set(allowed), (flag, values)
 
 
 def test_the_marks_are_equations():
-    assert set().union(*(marked_ids(path) for path in (ROOT / "tests").glob("test_*.py"))) <= set(IDS)
+    assert set().union(*(ids for path in (ROOT / "tests").glob("test_*.py") for ids in marks(path).values())) <= set(IDS)
 
 
-def test_the_check_can_fail():
+def test_the_checks_can_fail():
     assert TAG.findall("# HN-4: formula\n# HN-44: other\n# see HN-5 below") == ["HN-4", "HN-44"]
     with pytest.raises(AttributeError):
         symbol_of("- Code: `hanorec.hars.no_such_function`")
+    assert options("`--gap ranked`, `--kl-coef` and `--control reversed|permuted`; --not-in-code") == [
+        ("gap", "ranked"), ("kl_coef", ""), ("control", "reversed|permuted")]
+    assert "gap" in settings(config.DpoConfig) and "gaps" not in settings(config.DpoConfig)
