@@ -6,7 +6,7 @@
 
 Every --adapter is one policy, with what it stands on; `--adapter base` is the bare model. Two candidate sets, drawn once, kept in
 the data folder and the same for every model: `random` (unseen items) and `hard` (unseen items near the positive). The first
-policy is compared with each other one, user by user.
+policy is compared with each other one, user by user. Started by torchrun, several processes divide the users; the files are the same.
 """
 
 import time
@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from hanorec.backbone import Backbone, Picture, load_backbone
+from hanorec.backbone import Backbone, Picture, load_backbone, usable_device
 from hanorec.candidates import draw_candidates, draw_hard_candidates, load_candidates, save_candidates
 from hanorec.catalog import Catalog, data_hash, load_catalog
 from hanorec.config import DataConfig, EvalConfig, ModelConfig, parse
+from hanorec.distributed import from_each, join, rank, wait_for_all
 from hanorec.errors import InputError, run
 from hanorec.files import claim_folder, sha256, write_json
 from hanorec.interactions import Example, Interactions, heldout_examples, load_interactions, select_users
@@ -69,13 +70,17 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
         path = Path(data.data) / f"candidates_{config.split}_{kind}.json"
         facts = {"kind": kind, "neighbors": data.neighbors if kind == "hard" else None, "split": config.split, "seed": config.seed,
                  "negatives": data.candidates - 1, "data_sha256": data_hash(catalog)}
-        if not path.exists() and kind == "random":
-            save_candidates(path, draw_candidates(examples, catalog, data.candidates - 1, config.seed), catalog, **facts)
-        elif not path.exists():
+        missing, near = not from_each(path.exists)[0], None  # as rank 0 sees it, which draws
+        if missing and kind == "hard":
             pictures = load_pictures(backbone, catalog, data)
             near = neighbors(backbone, catalog, pictures, data.neighbors)[2].cpu().numpy()
-            drawn = draw_hard_candidates(examples, catalog, near, data.candidates - 1, config.seed)
-            save_candidates(path, drawn, catalog, **facts, embedding=f"input embeddings of {backbone.path}")
+        if missing and rank() == 0:
+            if near is None:
+                save_candidates(path, draw_candidates(examples, catalog, data.candidates - 1, config.seed), catalog, **facts)
+            else:
+                drawn = draw_hard_candidates(examples, catalog, near, data.candidates - 1, config.seed)
+                save_candidates(path, drawn, catalog, **facts, embedding=f"input embeddings of {backbone.path}")
+        wait_for_all()
         sets[kind] = [e for e in load_candidates(path, examples, catalog, **facts) if e.user in users]
     return Source(backbone, catalog, shown_pictures(pictures or load_pictures(backbone, catalog, data), config), data), sets
 
@@ -214,40 +219,17 @@ def evaluated_hashes(source: Source, config: EvalConfig, sets: Iterable[str], po
     return {"data": data_hash(source.catalog)} | {name: sha256(path) for name, path in files.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    model_config, data, config = parse([ModelConfig, DataConfig, EvalConfig], argv, __doc__)
-    policies = config.adapter or ["base"]
-    if len(set(policies)) < len(policies):
-        raise InputError(f"--adapter {' '.join(policies)}: one policy twice; name each once")
-    if config.user is not None:
-        config = replace(config, sets="random")
-    if config.retriever is not None and config.similarity:
-        raise InputError("--similarity with --retriever: expected one of the two, since reranking has no such report; run them apart")
-    out = claim_folder(config.out)
-    backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels)
-    if config.retriever is not None:
-        source, found, places, seconds = retrieved(backbone, data, config)
-        sets = {"retrieved": found}
-    else:
-        source, sets = candidate_sets(backbone, data, config)
-    if config.user is not None:
-        write_json(out / "recommendations.json", recommend(source, next(iter(sets.values())), policies, config))
-        write_run(out, [model_config, data, config], evaluated_hashes(source, config, sets, policies))
-        return
-    if config.retriever is not None:
-        write_json(out / "metrics.json", {"settings": asdict(data) | asdict(config), **rerank(source, found, places, seconds, policies, config)})
-        write_run(out, [model_config, data, config], evaluated_hashes(source, config, sets, policies))
-        print(f"\nwrote {out / 'metrics.json'}")
-        return
+def compare(source: Source, sets: dict[str, list[Example]], policies: Sequence[str], config: EvalConfig, prompt: dict[str, Any]) -> dict[str, Any]:
+    """The report of every policy on every candidate set, printed and returned. prompt: the settings that its adapter should have seen."""
     if config.similarity and sum(path is not None for path in source.catalog.images) < 10:
-        raise InputError(f"--similarity: {data.data} has fewer than 10 images, expected at least one for each of the ten groups")
+        raise InputError(f"--similarity: {source.config.data} has fewer than 10 images, expected at least one for each of the ten groups")
     rows = {kind: scoring_rows(source, examples) for kind, examples in sets.items()}
-    print_budget([row for part in rows.values() for row in part], config.batch, backbone)
-    report: dict[str, Any] = {"settings": asdict(data) | asdict(config), "sets": {}}
+    print_budget([row for part in rows.values() for row in part], config.batch, source.backbone)
+    report: dict[str, Any] = {"sets": {}}
     scores = {}
     for policy in policies:
-        use_policy(backbone, policy)
-        compare_settings(policy, prompt_settings(model_config, data))
+        use_policy(source.backbone, policy)
+        compare_settings(policy, prompt)
         for kind, examples in sets.items():
             scores[policy, kind] = score(source, rows[kind], len(examples), config.batch)
     for kind, examples in sets.items():
@@ -268,9 +250,39 @@ def main(argv: Sequence[str] | None = None) -> None:
                   f"[{100 * test['low']:+.2f}, {100 * test['high']:+.2f}], p = {test['p']:.3f}")
     if config.similarity:
         report["similarity"] = similarity(source, policies)
-    write_json(out / "metrics.json", report)
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    model_config, data, config = parse([ModelConfig, DataConfig, EvalConfig], argv, __doc__)
+    policies = config.adapter or ["base"]
+    if len(set(policies)) < len(policies):
+        raise InputError(f"--adapter {' '.join(policies)}: one policy twice; name each once")
+    if config.user is not None:
+        config = replace(config, sets="random")
+    if config.retriever is not None and config.similarity:
+        raise InputError("--similarity with --retriever: expected one of the two, since reranking has no such report; run them apart")
+    join(usable_device(model_config.device))
+    out = Path(config.out)
+    if rank() == 0:
+        claim_folder(out)
+    backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels, config.shard)
+    if config.retriever is not None:
+        source, found, places, seconds = retrieved(backbone, data, config)
+        sets = {"retrieved": found}
+    else:
+        source, sets = candidate_sets(backbone, data, config)
+    name, settings = "metrics.json", {"settings": asdict(data) | asdict(config)}
+    if config.user is not None:
+        name, report = "recommendations.json", recommend(source, next(iter(sets.values())), policies, config)
+    elif config.retriever is not None:
+        report = settings | rerank(source, found, places, seconds, policies, config)
+    else:
+        report = settings | compare(source, sets, policies, config, prompt_settings(model_config, data))
+    if rank() == 0:
+        write_json(out / name, report)
     write_run(out, [model_config, data, config], evaluated_hashes(source, config, sets, policies))
-    print(f"\nwrote {out / 'metrics.json'}")
+    print(f"\nwrote {out / name}")
 
 
 if __name__ == "__main__":

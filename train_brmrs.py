@@ -9,6 +9,7 @@ metrics.json with the test metrics and their rows for each user. The best epoch 
 The same command again goes on with a stopped run from its last whole epoch, and ends as if it had never been stopped.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from hanorec.brmrs_model import BRMRS, step_loss
 from hanorec.checkpoint import drop_checkpoints, load_checkpoint, open_run, save_checkpoint
 from hanorec.config import BrmrsConfig, BrmrsFiles, parse
 from hanorec.datasets.mmrec import read_mmrec, write_mmrec
+from hanorec.distributed import from_each, join, rank, share, sum_gradients
 from hanorec.errors import InputError, run
 from hanorec.files import write_bytes, write_json
 from hanorec.ranking import AT, Seen, evaluate
@@ -40,8 +42,10 @@ def write_tensors(path: Path, **tensors: Tensor) -> None:
 
 def train(files: BrmrsFiles, config: BrmrsConfig) -> None:
     device = usable_device(files.device)
+    join(device)
     out = open_run(files.out, all_settings([files, config]), "metrics.json")
-    data = read_mmrec(out / DATA) if (out / DATA).exists() else load_ranking_data(files)
+    kept = from_each((out / DATA).exists)[0]
+    data = read_mmrec(out / DATA) if kept else load_ranking_data(files)
     users, items = data.train.to(device)  # (E,) each
     n_users, n_items = len(data.users), len(data.items)
     torch.manual_seed(config.seed)
@@ -57,7 +61,7 @@ def train(files: BrmrsFiles, config: BrmrsConfig) -> None:
 
     # Not before all input has proved good. A run that goes on must still find the data that it began with.
     write_run(out, [files, config], {"data": data.sha256()}, users=n_users, items=n_items, pairs=len(users), weights=sum(w.numel() for w in best.values()))
-    if files.model is not None and not (out / DATA).exists():
+    if files.model is not None and not kept and rank() == 0:
         write_mmrec(out / DATA, data)
 
     # The newest checkpoint, if there is one: weights, best weights, Adam's moments, the generator's state, the log's length.
@@ -69,13 +73,16 @@ def train(files: BrmrsFiles, config: BrmrsConfig) -> None:
         epoch += 1
         means: Counter[str] = Counter()
         for batch in torch.randperm(len(users), generator=generator, device=device).split(config.batch):
-            loss, terms = step_loss(model, users[batch], items[batch], sampler, config, generator)
-            if not loss.isfinite():
-                raise InputError(f"epoch {epoch}: loss {loss.item()}, expected a finite number; the last checkpoint stands: lower --learning-rate")
+            own = share(len(batch))  # several processes divide the triples; tables, graphs and draws are the same in all of them
+            weight = (own.stop - own.start) / len(batch)  # one without a triple computes the first at weight 0
+            loss, terms = step_loss(model, users[batch], items[batch], sampler, config, generator, own if weight else slice(0, 1))
             optimizer.zero_grad()
-            loss.backward()
+            (weight * loss).backward()
+            values = sum_gradients(list(weights.values()), *(weight * value for value in (loss.item(), *terms.values())))
+            if not math.isfinite(values[0]):
+                raise InputError(f"epoch {epoch}: loss {values[0]}, expected a finite number; the last checkpoint stands: lower --learning-rate")
             optimizer.step()
-            for name, value in {"loss": loss.item(), **terms}.items():
+            for name, value in zip(("loss", *terms), values, strict=True):
                 means[name] += value * len(batch) / len(users)
 
         with torch.no_grad():
@@ -96,6 +103,8 @@ def train(files: BrmrsFiles, config: BrmrsConfig) -> None:
         emb = model.propagate()
         valid, _, _ = evaluate(emb, held_out["valid"], seen, negatives["valid"])
         test, who, rows = evaluate(emb, held_out["test"], seen, negatives["test"])
+    if rank() > 0:
+        return
     write_tensors(out / "model.safetensors", **best)
     write_json(out / "model.json", {"epoch": best_epoch, f"valid_Recall@{AT}": score, "config": asdict(config)})
     write_tensors(out / "embeddings.safetensors", user=emb.user["f"], item=emb.item["f"], train=data.train)

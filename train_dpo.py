@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hanorec.backbone import load_backbone
+from hanorec.backbone import load_backbone, usable_device
 from hanorec.checkpoint import drop_checkpoints, generators, load_checkpoint, open_run, save_checkpoint
 from hanorec.config import DataConfig, DpoConfig, ModelConfig, TrainConfig, parse
+from hanorec.distributed import from_rank_0, join, own_seed, own_stream, rank, sum_gradients
 from hanorec.errors import InputError, run
 from hanorec.files import write_text
 from hanorec.hars import RunningReward, cluster_gap, hardness, misassigned, pair_beta, responsiveness, reward_gap
@@ -27,17 +28,19 @@ from hanorec.losses import dpo_loss, kl_divergence, preference_logit
 from hanorec.prompts import collate
 from hanorec.reference import load_reference, rows_hash, save_reference
 from hanorec.scoring import answer_log_probs, answer_logits, forward, score_rows
+from hanorec.sharding import set_tower_aside
 from hanorec.tasks import Preference, load_examples, preferences
 from hanorec.training import (
     all_settings,
     append_log,
     autocast,
     check_finite,
-    chunks,
     compare_settings,
     cosine,
     global_batches,
     input_hashes,
+    of_all,
+    own_parts,
     print_budget,
     prompt_settings,
     use_checkpointing,
@@ -46,9 +49,9 @@ from hanorec.training import (
 
 
 def pair_logits(log_probs: Tensor, reference: Tensor) -> Tensor:
-    """h of every pair: (B, 1 + n) log-probabilities of the chosen and the rejected answers, twice -> (B n,)."""
+    """h of every pair: (B, 1 + n) log-probabilities of the chosen and the rejected answers, twice -> (B, n)."""
     w, l, ref_w, ref_l = log_probs[:, :1], log_probs[:, 1:], reference[:, :1], reference[:, 1:]
-    return preference_logit(w.expand_as(l).flatten(), l.flatten(), ref_w.expand_as(l).flatten(), ref_l.flatten())
+    return preference_logit(w.expand_as(l), l, ref_w.expand_as(l), ref_l)
 
 
 def write_pairs(path: Path, pairs: Sequence[Preference], ids: Sequence[str], cosine: Tensor, delta: Tensor, lam: Tensor) -> None:
@@ -63,9 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     configs = model_config, data, train, dpo = parse([ModelConfig, DataConfig, TrainConfig, DpoConfig], argv, __doc__)
     if data.plain and dpo.reference not in ("once", "live"):
         raise InputError(f"--reference {dpo.reference} with --plain true, which computes the reference at every step; expected one of the two: leave one out")
+    join(usable_device(model_config.device))
     out = open_run(train.out, all_settings(configs), "adapter_config.json")
     torch.manual_seed(train.seed)
-    backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels)
+    backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels, train.shard)
     policy, device = backbone.model, backbone.device
     source, examples = load_examples(backbone, data, train)
     pairs = preferences(source, examples, train.seed, dpo.rejected, dpo.negatives)  # each: one prompt, n = dpo.rejected pairs
@@ -83,8 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         delta = torch.cat([cluster_gap(e, scores, index, w, l, form) for w, l in split])  # (prompts n,)
         lam = misassigned(hardness(delta, dpo.hardness), dpo.control, torch.Generator().manual_seed(train.seed)).view(rejected.shape)
         cosine_wl = torch.cat([(e[w] * e[l]).sum(1) for w, l in split])  # (prompts n,)
-        write_pairs(out / "pairs.tsv", pairs, source.catalog.ids, cosine_wl, delta, lam)
+        if rank() == 0:
+            write_pairs(out / "pairs.tsv", pairs, source.catalog.ids, cosine_wl, delta, lam)
 
+    if train.shard:
+        set_tower_aside(policy)
     if train.sft is not None:
         attach_policy(policy, train.sft)
         compare_settings(train.sft, prompt_settings(model_config, data))
@@ -92,8 +99,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if train.checkpointing:
         use_checkpointing(backbone)
     trained = [weight for layer in layers for weight in (layer.A, layer.B)]
+    from_rank_0(trained)
+    own_stream(train.seed)
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=0.0)
-    noise = torch.Generator(device).manual_seed(train.seed)
+    noise = torch.Generator(device).manual_seed(train.seed if dpo.noise_ranks == "same" else own_seed(train.seed))
     size, least = train.micro_batch * train.accumulation, math.ceil(3 / dpo.rejected)  # HN-7 needs 3 pairs in a step
     plan = [(epoch, batch) for epoch in range(train.epochs) for batch in global_batches(len(rows), size, train.seed, epoch, least)]
     inputs = input_hashes(policy, source.catalog, train.sft)
@@ -122,60 +131,63 @@ def main(argv: Sequence[str] | None = None) -> None:
     for step, (epoch, batch) in tqdm(list(enumerate(plan))[done:], dpo.ablation, initial=done, total=len(plan), disable=None):
         rate = train.learning_rate * cosine(step, len(plan))
         optimizer.param_groups[0]["lr"] = rate
-        parts = list(chunks(batch, train.micro_batch))
-        micros = [collate(backbone, [rows[i] for i in part], source.pictures, packed=not data.plain) for part in parts]
+        parts = own_parts(batch, train.micro_batch)
+        micros = [collate(backbone, [rows[i] for i in part], source.pictures, packed=not data.plain) for part, _ in parts]
 
         # Reference, and clean policy for the reward gaps; no gradient, no noise, no dropout.
         policy.eval()
         with torch.no_grad(), autocast(backbone):
             if live:
                 with adapters_off(policy):
-                    ref = torch.cat([answer_log_probs(forward(backbone, micro), micro) for micro in micros])
+                    ref = [answer_log_probs(forward(backbone, micro), micro) for micro in micros]
             else:
-                ref = reference[batch]  # (B, 1 + n): w, l, l ...
+                ref = [reference[part] for part, _ in parts]  # each (b, 1 + n): w, l, l ...
             if dpo.hars:
                 # In the first step the policy is the reference: a gap would be what two forwards round differently.
-                clean = torch.cat([answer_log_probs(forward(backbone, micro), micro) for micro in micros]) if step else ref
-                R = reward_gap(pair_logits(clean, ref), dpo.beta0)  # (B n,)
+                clean = [answer_log_probs(forward(backbone, micro), micro) for micro in micros] if step else ref
+                gaps = [reward_gap(pair_logits(policy_part, ref_part), dpo.beta0) for policy_part, ref_part in zip(clean, ref, strict=True)]
+                R = of_all(gaps, len(batch)).flatten()  # (B n,): eta is one number for the global batch
                 mean_std = running.update(R) if dpo.eta == "ema" else (None, None)
                 eta = responsiveness(R, dpo.trim, *mean_std)
-                beta = pair_beta(lam[batch], eta, dpo.beta0)  # (B, n)
+                beta = pair_beta(lam, eta, dpo.beta0)  # (prompts, n)
             else:
-                eta, beta = torch.ones(()), torch.full_like(lam[batch], dpo.beta0)
+                eta, beta = torch.ones(()), torch.full_like(lam, dpo.beta0)
 
         # One draw of noise for the whole step: forward and backward of every micro-batch see the same weights.
         policy.train()
-        h, rewards, losses, kls = [], [], 0.0, []
+        h, rewards, losses, kls = [], [], 0.0, 0.0
+        tokens = sum(len(answer) for i in batch for answer in rows[i].answers)
         with lora_noise(policy, dpo.sigma_n, noise, dpo.noise):
-            for micro, ref_part, beta_part in zip(micros, ref.split(train.micro_batch), beta.split(train.micro_batch), strict=True):
+            for (part, weight), micro, ref_part in zip(parts, micros, ref, strict=True):
                 with autocast(backbone):
                     logits = forward(backbone, micro)  # (B, L, V)
                 log_probs = answer_log_probs(logits, micro)  # (B, 1 + n)
-                h_part = pair_logits(log_probs, ref_part)  # (B n,)
-                loss = dpo_loss(h_part, beta_part.flatten(), dpo.beta0 if dpo.normalised else None).sum() / beta.numel()
+                h_part = pair_logits(log_probs, ref_part)  # (b, n)
+                loss = dpo_loss(h_part, beta[part], dpo.beta0 if dpo.normalised else None).sum() * weight / beta[batch].numel()
                 if dpo.kl_coef > 0 or dpo.log_kl:
                     with torch.no_grad(), adapters_off(policy), autocast(backbone):
                         ref_logits = forward(backbone, micro)
                     kl = kl_divergence(answer_logits(logits, micro), answer_logits(ref_logits, micro))
-                    share = len(micro.token) / sum(len(m.token) for m in micros)  # a mean over the step's answer tokens, as in SFT
+                    share = weight * len(micro.token) / tokens  # a mean over the step's answer tokens, as in SFT
                     loss = loss + dpo.kl_coef * kl * share
-                    kls.append(kl.item() * share)
+                    kls += kl.item() * share
                 loss.backward()
                 losses += loss.item()
                 h.append(h_part.detach())
                 rewards.append(dpo.beta0 * (log_probs.detach() - ref_part))
+        losses, kls = sum_gradients(trained, losses, kls)
         norm = torch.nn.utils.clip_grad_norm_(trained, train.clip).item()
         check_finite(losses, norm, step, [rows[i].name for i in batch])
         optimizer.step()
         optimizer.zero_grad()
 
-        h, rewards = torch.cat(h), torch.cat(rewards)
+        h, rewards, beta = of_all(h, len(batch)), of_all(rewards, len(batch)), beta[batch]
         append_log(out / "log.jsonl", {
             "step": step, "epoch": epoch, "loss": losses, "accuracy": (h > 0).float().mean().item(),
             "chosen_reward": rewards[:, 0].mean().item(), "rejected_reward": rewards[:, 1:].mean().item(),
             "margin": dpo.beta0 * h.mean().item(), "lambda": lam[batch].mean().item(), "lambda_min": lam[batch].min().item(),
             "lambda_max": lam[batch].max().item(), "eta": eta.item(), "beta": beta.mean().item(), "beta_min": beta.min().item(),
-            "beta_max": beta.max().item(), "kl": sum(kls) if kls else None, "gradient_norm": norm, "learning_rate": rate})
+            "beta_max": beta.max().item(), "kl": kls if dpo.kl_coef > 0 or dpo.log_kl else None, "gradient_norm": norm, "learning_rate": rate})
         if (step + 1) % train.save_every == 0:
             save_checkpoint(out, step + 1, trained, optimizer, random, mean=running.mean, variance=running.variance)
 

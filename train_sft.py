@@ -11,25 +11,27 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from hanorec.backbone import load_backbone
+from hanorec.backbone import load_backbone, usable_device
 from hanorec.checkpoint import drop_checkpoints, generators, load_checkpoint, open_run, save_checkpoint
 from hanorec.config import DataConfig, ModelConfig, TrainConfig, parse
+from hanorec.distributed import from_rank_0, join, own_stream, sum_gradients
 from hanorec.errors import run
 from hanorec.lora import add_lora, attach_policy, save_policy
 from hanorec.losses import sft_loss
 from hanorec.prompts import collate
 from hanorec.scoring import forward
+from hanorec.sharding import set_tower_aside
 from hanorec.tasks import load_examples, sft_rows
 from hanorec.training import (
     all_settings,
     append_log,
     autocast,
     check_finite,
-    chunks,
     compare_settings,
     cosine,
     global_batches,
     input_hashes,
+    own_parts,
     print_budget,
     prompt_settings,
     use_checkpointing,
@@ -39,14 +41,17 @@ from hanorec.training import (
 
 def main(argv: Sequence[str] | None = None) -> None:
     configs = model_config, data, config = parse([ModelConfig, DataConfig, TrainConfig], argv, __doc__)
+    join(usable_device(model_config.device))
     out = open_run(config.out, all_settings(configs), "adapter_config.json")
     torch.manual_seed(config.seed)
-    backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels)
+    backbone = load_backbone(model_config.model, model_config.dtype, model_config.device, model_config.max_pixels, config.shard)
     source, examples = load_examples(backbone, data, config)
     rows = sft_rows(source, examples, config.seed)
     print_budget(rows, config.micro_batch, backbone)
 
     policy = backbone.model
+    if config.shard:
+        set_tower_aside(policy)
     if config.sft is not None:
         attach_policy(policy, config.sft)
         compare_settings(config.sft, prompt_settings(model_config, data))
@@ -54,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.checkpointing:
         use_checkpointing(backbone)
     trained = [weight for layer in layers for weight in (layer.A, layer.B)]
+    from_rank_0(trained)
+    own_stream(config.seed)
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     size = config.micro_batch * config.accumulation
     plan = [(epoch, batch) for epoch in range(config.epochs) for batch in global_batches(len(rows), size, config.seed, epoch)]
@@ -67,14 +74,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         rate = config.learning_rate * cosine(step, len(plan))
         optimizer.param_groups[0]["lr"] = rate
         tokens, total = sum(len(rows[i].answers[0]) for i in batch), 0.0
-        for part in chunks(batch, config.micro_batch):
+        for part, weight in own_parts(batch, config.micro_batch):
             micro = collate(backbone, [rows[i] for i in part], source.pictures)
             with autocast(backbone):
                 logits = forward(backbone, micro)  # (B, L, V)
-            # The mean over the answer tokens of the whole step, however it is cut into micro-batches.
-            loss = sft_loss(logits, micro.labels) * len(micro.token) / tokens
+            # The mean over the answer tokens of the whole step, however it is cut into micro-batches and shares.
+            loss = sft_loss(logits, micro.labels) * weight * len(micro.token) / tokens
             loss.backward()
             total += loss.item()
+        (total,) = sum_gradients(trained, total)
         norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
         check_finite(total, norm, step, [rows[i].name for i in batch])
         optimizer.step()

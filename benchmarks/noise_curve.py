@@ -23,6 +23,7 @@ from smollm2_llava import PASSAGE, text_nll
 
 from hanorec.backbone import load_backbone
 from hanorec.errors import run
+from hanorec.files import write_json
 from hanorec.lora import LoRALinear, add_lora, lora_layers, lora_noise, rms
 
 TARGETS = {"all": None, "qv": ("q_proj", "v_proj")}
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, nargs="+", default=[32])
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="also write OUT/noise.json, of which python -m hanorec.plots OUT draws the figure")
     parser.add_argument("--seed", type=int, default=2025)
     args = parser.parse_args()
     text = PASSAGE if args.text is None else args.text.read_text(encoding="utf-8")
@@ -73,12 +75,13 @@ def main() -> None:
     layers = lora_layers(backbone.model)
     columns = [(mode, targets, alpha) for mode in args.mode for targets in args.targets for alpha in args.alpha]
     print(f"{len(layers)} linears, r = {args.rank}; loss without adapter {bare:.3f}, with a fresh one {text_nll(backbone, text):.3f} nats a token\n")
-    print("σ_n | " + " | ".join(f"{mode}, {targets}, α/r = {alpha / args.rank:g}" for mode, targets, alpha in columns))
+    curves = [{"name": f"{mode}, {targets}, α/r = {alpha / args.rank:g}", "sigma": [], "mean": [], "deviation": []} for mode, targets, alpha in columns]
+    print("σ_n | " + " | ".join(curve["name"] for curve in curves))
     print("---|" * len(columns) + "---")
     sizes = {}
     for sigma in args.sigma:
         cells = []
-        for mode, targets, alpha in columns:
+        for (mode, targets, alpha), curve in zip(columns, curves, strict=True):
             for layer in layers.values():
                 layer.scale = alpha / args.rank
             noise, losses = torch.Generator().manual_seed(args.seed), []  # the same draws for every cell
@@ -90,8 +93,13 @@ def main() -> None:
                         if TARGETS[targets] is not None and path.rpartition(".")[2] not in TARGETS[targets]:
                             layer.noise = None
                     losses.append(text_nll(backbone, text))
-            cells.append(f"{statistics.mean(losses):.3f} ± {statistics.pstdev(losses):.3f}")
+            mean, deviation = statistics.mean(losses), statistics.pstdev(losses)
+            cells.append(f"{mean:.3f} ± {deviation:.3f}")
+            for key, value in (("sigma", sigma), ("mean", mean), ("deviation", deviation)):
+                curve[key].append(value)
         print(f"{sigma:g} | " + " | ".join(cells), flush=True)
+    if args.out is not None:
+        write_json(args.out / "noise.json", {"clean": bare, "curves": curves})
     if sizes:
         kinds = list(next(iter(sizes.values())))
         print("\nweight change, share of the weight: measured (predicted)\n")

@@ -27,8 +27,8 @@ from hanorec.metrics import paired_test
 
 # Row -> (script, flags). Rows about lambda have no noise and rows about noise no lambda, so that one thing differs from DPO at a time.
 ROWS: dict[str, tuple[str, list[str]]] = {
-    "SFT continued": ("train_sft", []),
     "DPO": ("train_dpo", ["--ablation", "dpo"]),
+    "SFT continued": ("train_sft", []),
     "HaNoRec": ("train_dpo", ["--ablation", "full"]),
     "w/o HaRS": ("train_dpo", ["--ablation", "no_hars"]),
     "w/o NoDO": ("train_dpo", ["--ablation", "no_nodo"]),
@@ -87,8 +87,10 @@ def run_rows(here: Path, model: str, data: str, seed: int, flags: Mapping[str, S
              "SFT": run_row(here, "SFT", "train_sft", [*training, *flags["sft"]], test, split)}
     for row, (script, own) in rows.items():
         print(f"\n{here}: {row}")
-        stage = flags["dpo"] if script == "train_dpo" else flags["continued"]
-        found[row] = run_row(here, row, script, [*training, *stage, *own, "--sft", str(here / "SFT")], test, split)
+        stage = [*(flags["dpo"] if script == "train_dpo" else flags["continued"]), *own, "--sft", str(here / "SFT")]
+        if script == "train_dpo" and row != CONTROL:  # the same pairs, so the same reference; it is refused where they are not
+            stage += ["--reference", str(here / folder_name(CONTROL) / "reference.safetensors")]
+        found[row] = run_row(here, row, script, [*training, *stage], test, split)
     return found
 
 
@@ -166,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--seeds {args.seeds}: expected at least 1")
     if (args.data is None) != (args.model is None):
         raise InputError(f"--data {args.data} with --model {args.model}: expected both, or neither for Posterland")
-    names = list(ROWS) if args.rows is None else [CONTROL, *(name.strip() for name in args.rows.split(";") if name.strip() != CONTROL)]
+    names = list(ROWS) if args.rows is None else [CONTROL, *(name.strip() for name in args.rows.split(";"))]
     if unknown := [name for name in names if name not in ROWS]:
         raise InputError(f"--rows: no row {unknown[0]!r}, expected some of {'; '.join(ROWS)}")
     flags = {stage: default if args.data is None else [] for stage, default in POSTERLAND.items()}
@@ -178,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.data is None and not (here / f"data-{seed}" / "dataset.json").exists():
                 make_posterland(here / f"data-{seed}", demo.USERS, seed=seed)
             source, model = (data, args.model) if args.data else (str(here / f"data-{seed}"), str(demo.BASE))
-            seeds.append(run_rows(here / f"seed-{seed}", model, source, seed, flags, {name: ROWS[name] for name in names}, args.split))
+            seeds.append(run_rows(here / f"seed-{seed}", model, source, seed, flags, {name: ROWS[name] for name in ROWS if name in names}, args.split))
         results[Path(data).name] = summarise(seeds)
     write_json(args.out / f"results-{args.split}.json", results)
     write_text(args.out / f"table-{args.split}.md", text := table(results, args.split))

@@ -5,6 +5,7 @@ into a few vectors of the language model's width; they replace the placeholder t
 differ in how an image is preprocessed, which tokens surround it, and in positions (Qwen counts time, height and width apart).
 """
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from hanorec.distributed import rank, ranks
 from hanorec.errors import InputError
 from hanorec.lora import language_model
+from hanorec.sharding import divided
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_next")  # config.model_type
 ATTENTION = "prompt_and_answers"  # the name under which Transformers is told of `segment_attention`
@@ -45,7 +48,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.model.get_input_embeddings().weight.device  # the vision tower's may be another (sharding.py)
 
     @property
     def config(self) -> Any:
@@ -79,48 +82,37 @@ class Backbone:
 
 
 def usable_device(name: str) -> torch.device:
-    """cpu, cuda, or auto = cuda if there is one. InputError for a device that this machine does not have."""
+    """cpu, cuda (this process's own), or auto = cuda if there is one. InputError for a device that this machine does not have."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: cannot be used ({_brief(error)}); expected cpu, or cuda on a machine with a GPU") from None
 
 
-def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixels: int = 224 * 224) -> Backbone:
+def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixels: int = 224 * 224, shard: bool = False) -> Backbone:
     """Load a checkpoint from a local folder or a hub name: safetensors only, never remote code, no torchvision.
 
     Args:
         dtype: float32, bfloat16, or auto = bfloat16 on a GPU and float32 elsewhere. device: cpu, cuda, or auto.
         max_pixels: an image is scaled down to at most so many pixels. Qwen: 784 pixels are one token, so 224 x 224 costs 64.
             LLaVA-NeXT cannot go below its tower's resolution; tilings above max_pixels are left out, the smallest is kept.
+        shard: divide the language model's layers over the ranks (sharding.py), of which rank 0 alone reads the weights.
     Raises:
-        InputError: not a checkpoint, another family, weights that are missing, too many, of other shapes or no floats, a tokenizer without
+        InputError: shard in a single process, not a checkpoint, another family, weights that are missing, too many, of other shapes or no floats, a tokenizer without
             an end token, without the image token, or of another model.
     """
     device = str(usable_device(device))
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
     safe = {"trust_remote_code": False}
-    if (looks_local := Path(path).expanduser()).exists() and not (looks_local / "config.json").exists():
-        raise InputError(f"{path}: no config.json in it, expected a checkpoint folder as save_pretrained writes it; check --model")
-    try:
-        check_stored_types(looks_local)
-        model, loading = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **safe)
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001  on files that do not fit Transformers raises whatever its code runs into
-        raise InputError(f"{path}: cannot be loaded as an image-text model ({_brief(error)}); expected a local folder or a "
-                         f"hub name of one of {', '.join(FAMILIES)}, with safetensors weights") from None
+    if shard and ranks() == 1:
+        raise InputError("--shard true in a single process: expected several, to divide the base over; start with torchrun, or leave it out")
+    model = read_model(path, getattr(torch, dtype)) if not shard or rank() == 0 else None
+    if shard:
+        model = divided(model, path, getattr(torch, dtype), torch.device(device))
     family = model.config.model_type
-    if family not in FAMILIES:
-        raise InputError(f"{path}: model type {family!r}, expected one of {', '.join(FAMILIES)}")
-    if missing := sorted(loading["missing_keys"]):  # Transformers would draw them at random and only warn
-        raise InputError(f"{path}: {len(missing)} weights are missing, e.g. {missing[0]}, expected a whole checkpoint; copy it again")
-    # Transformers would leave them out and only warn: perhaps layers that config.json lacks. Positions are computed, not learnt; old files hold them.
-    if extra := sorted(key for key in loading["unexpected_keys"] if not key.endswith(("position_ids", "inv_freq"))):
-        raise InputError(f"{path}: {len(extra)} weights have no place in the model that config.json describes, e.g. {extra[0]}; expected config.json "
-                         "and weights of one checkpoint; copy both again")
     try:
         if family == "llava_next":
             processor = AutoProcessor.from_pretrained(path, **safe)
@@ -157,6 +149,31 @@ def load_backbone(path: str, dtype: str = "auto", device: str = "auto", max_pixe
             raise InputError(f"{path}: token {token} stands for an image or ends an answer, but to the tokenizer it is a part of a word, which titles "
                              "may hold, or nothing; expected tokenizer and model of one checkpoint")
     return backbone
+
+
+def read_model(path: str, dtype: torch.dtype) -> nn.Module:
+    """The checkpoint's model on the CPU, every weight of it from its files. InputError as in `load_backbone`."""
+    if (looks_local := Path(path).expanduser()).exists() and not (looks_local / "config.json").exists():
+        raise InputError(f"{path}: no config.json in it, expected a checkpoint folder as save_pretrained writes it; check --model")
+    try:
+        check_stored_types(looks_local)
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001  on files that do not fit Transformers raises whatever its code runs into
+        raise InputError(f"{path}: cannot be loaded as an image-text model ({_brief(error)}); expected a local folder or a "
+                         f"hub name of one of {', '.join(FAMILIES)}, with safetensors weights") from None
+    family = model.config.model_type
+    if family not in FAMILIES:
+        raise InputError(f"{path}: model type {family!r}, expected one of {', '.join(FAMILIES)}")
+    if missing := sorted(loading["missing_keys"]):  # Transformers would draw them at random and only warn
+        raise InputError(f"{path}: {len(missing)} weights are missing, e.g. {missing[0]}, expected a whole checkpoint; copy it again")
+    # Transformers would leave them out and only warn: perhaps layers that config.json lacks. Positions are computed, not learnt; old files hold them.
+    if extra := sorted(key for key in loading["unexpected_keys"] if not key.endswith(("position_ids", "inv_freq"))):
+        raise InputError(f"{path}: {len(extra)} weights have no place in the model that config.json describes, e.g. {extra[0]}; expected config.json "
+                         "and weights of one checkpoint; copy both again")
+    return model
 
 
 def check_stored_types(folder: Path) -> None:

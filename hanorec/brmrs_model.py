@@ -124,17 +124,19 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def step_loss(model: BRMRS, users: Tensor, positives: Tensor, sampler: NegativeSampler, config: BrmrsConfig,
-              generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, float]]:
+              generator: torch.Generator | None = None, part: slice = slice(None)) -> tuple[Tensor, dict[str, float]]:
     r"""BR-1 .. BR-6 for one batch of train pairs (u, i+).
 
     Args:
-        users, positives: (B,) int64.
+        users, positives: (B,) int64. part: what of the batch counts here; negatives are drawn for all of it, so that processes that
+            divide a batch draw what a single one does.
     Returns:
         loss (), and numbers to log, each a mean over the batch: the terms `bpr`, `chns`, `syn`, the squared norm `norm`, the margins
         `gap_t`, `gap_v`, `gap_f`, and `win`, the share of triples where the fused margin exceeds every unimodal one.
     """
     emb = model.propagate()
-    drawn = sampler.draw(users, 1 + config.pool, generator)  # (B, 1 + n): the same draws whichever losses are on, so that runs compare
+    drawn = sampler.draw(users, 1 + config.pool, generator)[part]  # (B, 1 + n): the same draws whichever losses are on, so that runs compare
+    users, positives = users[part], positives[part]
     negatives, pool = drawn[:, :1], drawn[:, 1:]
     if config.hard_fused:
         with torch.no_grad():

@@ -5,6 +5,9 @@
 
 A checkpoint is written into a hidden folder, flushed to disk and renamed; only then the one before it is deleted. So whenever a run
 is killed, the newest folder of this name is whole. Data order and schedule are functions of seed and step and need no state.
+
+Of several processes rank 0 writes, with the states of every rank's generators. A base that --shard divides is frozen and never part of
+a checkpoint, and what is trained is whole on every rank, so there is nothing that torch.distributed.checkpoint would have to put together.
 """
 
 import hashlib
@@ -20,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hanorec.distributed import gathered, rank, ranks, wait_for_all
 from hanorec.errors import InputError
 from hanorec.files import read_object, write_bytes, write_json
 
@@ -36,9 +40,12 @@ def generators(device: torch.device, **own: torch.Generator) -> dict[str, torch.
 
 def save_checkpoint(out: Path, step: int, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer, random: Generators, **facts: Any) -> None:
     """The state after `step` optimizer steps. facts: what else the loop carries, as JSON. The log's length is kept."""
+    states = {name: gathered(generator.get_state()[None], ranks()) for name, generator in random.items()}  # (ranks, bytes)
+    if rank() > 0:
+        return
     tensors = {f"weight.{i}": weight for i, weight in enumerate(weights)}
     tensors |= {f"optimizer.{i}.{name}": value for i, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
-    tensors |= {f"random.{name}": generator.get_state() for name, generator in random.items()}
+    tensors |= {f"random.{name}": state for name, state in states.items()}
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     hidden, final = out / f".checkpoint-{step:08d}", out / f"checkpoint-{step:08d}"
     try:
@@ -61,11 +68,13 @@ def load_checkpoint(out: Path, weights: Sequence[Tensor], optimizer: torch.optim
 
     The log loses the lines of later steps, which are about to be done again. InputError where the checkpoint is damaged or does not fit.
     """
-    for half_written in [*out.glob(".checkpoint-*"), *out.glob(".*.tmp-*")]:
-        shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
+    if rank() == 0:
+        for half_written in [*out.glob(".checkpoint-*"), *out.glob(".*.tmp-*")]:
+            shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
     found = sorted(out.glob("checkpoint-*"))
     if not found:
-        (out / "log.jsonl").unlink(missing_ok=True)
+        if rank() == 0:
+            (out / "log.jsonl").unlink(missing_ok=True)
         return 0, {}
     path, again = found[-1], "the run cannot go on: choose another --out"
     stored = read_object(path / "state.json")
@@ -99,41 +108,50 @@ def load_checkpoint(out: Path, weights: Sequence[Tensor], optimizer: torch.optim
             i, _, what = rest.partition(".")
             state.setdefault(int(i), {})[what] = tensor
         elif kind == "random":
-            random[rest].set_state(tensor)
+            random[rest].set_state(tensor[rank()])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    if log.exists():
+    if rank() == 0 and log.exists():
         os.truncate(log, log_bytes)
     return step, facts
 
 
 def drop_checkpoints(out: Path) -> None:
     """Once the result itself is on disk."""
-    for path in out.glob("checkpoint-*"):
+    for path in out.glob("checkpoint-*") if rank() == 0 else []:
         shutil.rmtree(path)
 
 
 def open_run(out: str | Path, settings: Mapping[str, Any], result: str) -> Path:
-    """The output folder of a run: a new or empty one, or that of the same run, stopped before it wrote `result`.
+    """The output folder of a run: a new or empty one, or that of the same run, stopped before it wrote `result`. Rank 0 decides.
 
-    InputError where it holds something else, a finished run, or a run with other settings.
+    InputError where it holds something else, a finished run, a run with other settings or on another number of processes.
     """
-    out = Path(out)
+    if rank() == 0:
+        _open_run(Path(out), settings, result)
+    wait_for_all()
+    return Path(out)
+
+
+def _open_run(out: Path, settings: Mapping[str, Any], result: str) -> None:
     if not out.exists() or (out.is_dir() and not any(not path.name.startswith(".") for path in out.iterdir())):
         out.mkdir(parents=True, exist_ok=True)
-        return out
+        return
     if not out.is_dir() or not (out / "run.json").exists():
         raise InputError(f"{out}: exists and is not an empty folder, expected a new one, or a stopped run of the same command; choose another --out")
     if (out / result).exists():
         drop_checkpoints(out)  # killed after the result, before these were deleted
         raise InputError(f"{out}: holds a finished run, expected a new folder; choose another --out or remove it")
-    stored = read_object(out / "run.json").get("settings")
+    record = read_object(out / "run.json")
+    if (before := record.get("ranks", 1)) != ranks():
+        raise InputError(f"{out}: holds a stopped run on {before} processes, this one has {ranks()}, expected as many, since each draws from a stream of "
+                         f"its own; start with torchrun --nproc-per-node {before} to go on, or choose another --out")
+    stored = record.get("settings")
     stored = stored if isinstance(stored, dict) else {}
     for name, value in json.loads(json.dumps(settings)).items():
         if stored.get(name) != value:
             raise InputError(f"{out}: holds a stopped run with {name} = {stored.get(name)!r}, this command has {value!r}; give the same "
                              "settings to go on, or choose another --out")
     print(f"{out}: going on with the run that was stopped here")
-    return out
 
 
 def _flushed_size(path: Path) -> int:

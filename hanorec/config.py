@@ -81,11 +81,12 @@ class TrainConfig:
     learning_rate: float = option(1e-4, "document; cosine to 0")
     epochs: int = option(5, "authors' release")
     micro_batch: int = option(4, "authors' release: rows in one forward")
-    accumulation: int = option(8, "document: micro-batches in one optimizer step")
+    accumulation: int = option(8, "document: micro-batches in one optimizer step, in all: torchrun's processes divide its rows among them")
     clip: float = option(1.0, "authors' release: largest norm of the gradient")
     seed: int = option(2025, "authors' release")
     save_every: int = option(50, "ours: optimizer steps between checkpoints; a run that was killed goes on from the last one when started again")
     checkpointing: bool = option(False, "ours: recompute activations in backward, to spare memory")
+    shard: bool = option(False, "ours: under torchrun, each process keeps a part of the base model's layers alone, for bases that do not fit")
 
     def __post_init__(self) -> None:
         check(self, targets_per_user=0, lora_rank=1, lora_alpha=TINY, lora_dropout=0, learning_rate=TINY, epochs=1, micro_batch=1,
@@ -110,12 +111,13 @@ class DpoConfig:
     embedding: Literal["input", "hidden"] = option("input", "ours: HN-1 from input embeddings, or from last hidden states")
     gap: Literal["union", "ranked"] = option("union", "document's claim needs union; ranked is the authors' release (HN-4)")
     hardness: Literal["sigmoid", "ratio", "standardised"] = option("sigmoid", "document; ratio: authors' release; standardised: ours (HN-5)")
-    control: Literal["none", "reversed", "permuted"] = option("none", "ours, controls: the same lambdas, but the largest for the hardest pair and so on, or dealt out at random")
+    control: Literal["none", "reversed", "permuted", "mean"] = option("none", "ours, controls: the same lambdas, but the largest for the hardest pair and so on, or dealt out at random; or their mean for all")
     eta: Literal["batch", "ema"] = option("batch", "document; ema (ours) normalises by running statistics (HN-7)")
     trim: float | None = option(None, "document: filter extremes; none drops one reward at each end, a fraction more (HN-7)")
     dataset: Literal["microlens", "netflix", "movielens"] = option("microlens", "its noise strength, 0.05, 0.1 or 0.1 (authors' release, within the document's 0.05 to 0.1)")
     sigma: float | None = option(None, "noise strength sigma_n, instead of the preset of --dataset")
     noise: Literal["absolute", "relative"] = option("absolute", "document; relative (ours): times the RMS of the weights, so the presets are weak there (HN-9)")
+    noise_ranks: Literal["own", "same"] = option("own", "ours: under torchrun, a draw of noise for each process, or the same draw for all")
     normalised: bool = option(False, "ours: scale each pair's loss by beta0 / beta' (HN-11)")
     kl_coef: float = option(0.0, "ours: weight of the exact KL in the loss (HN-12)")
     log_kl: bool = option(False, "log the exact KL; costs one more forward")
@@ -151,6 +153,7 @@ class EvalConfig:
     top_n: int = option(20, "ours: N, how many items are retrieved")
     user: str | None = option(None, "print a ranked list for this user instead of metrics")
     top_k: int = option(3, "length of that list")
+    shard: bool = option(False, "ours: under torchrun, each process keeps a part of the base model's layers alone, for bases that do not fit")
 
     def __post_init__(self) -> None:
         check(self, batch=1, seed=0, top_n=1, top_k=1)

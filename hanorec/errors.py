@@ -1,7 +1,9 @@
 """One exception for bad input, and one place that turns it into a message instead of a traceback."""
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 
 class InputError(ValueError):
@@ -15,9 +17,18 @@ def shown(value: object, most: int = 80) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command; an `InputError`, or a fault of the file system, becomes `error: ...` on stderr and exit code 2, without a traceback."""
+    """Run a command; an `InputError`, or a fault of the file system, becomes `error: ...` on stderr and exit code 2, without a traceback.
+
+    Where torchrun started several processes, one of them says so for all.
+    """
+    voice: AbstractContextManager = nullcontext()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from hanorec.distributed import one_voice  # here, since it imports PyTorch, which converters do without
+
+        voice = one_voice()
     try:
-        main()
+        with voice:
+            main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,17 +12,21 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
+from hanorec import items
 from hanorec.backbone import Backbone, Picture
 from hanorec.catalog import Catalog
+from hanorec.distributed import from_each, rank, share
 from hanorec.errors import InputError
 from hanorec.files import read_object, sha256, write_json
-from hanorec.items import encode
 
 
 def stored_pictures(backbone: Backbone, catalog: Catalog, folder: str | Path) -> dict[int, Picture]:
@@ -35,8 +39,7 @@ def stored_pictures(backbone: Backbone, catalog: Catalog, folder: str | Path) ->
         return {}
     facts = feature_facts(backbone, catalog)
     stem = Path(folder) / f"features-{_hash(facts)[:16]}"
-    if not stem.with_suffix(".json").exists():
-        write_features(stem, facts, backbone, catalog, rows)
+    write_features(stem, facts, backbone, catalog, rows)
     return dict(zip(rows, open_features(stem, facts, backbone.width), strict=True))
 
 
@@ -48,45 +51,91 @@ def feature_facts(backbone: Backbone, catalog: Catalog) -> dict[str, Any]:
         if ".language_model." not in name and not name.startswith("lm_head."):
             digest.update(f"{name} {tuple(weight.shape)} ".encode())
             digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    images = [f"{item} {sha256(path)}\n" for item, path in zip(catalog.ids, catalog.images, strict=True) if path is not None]
+    images = [(item, path) for item, path in zip(catalog.ids, catalog.images, strict=True) if path is not None]
+    lines = from_each(lambda: [f"{item} {sha256(path)}\n" for item, path in images[share(len(images))]])
     facts = {
         "dtype": str(backbone.model.dtype).removeprefix("torch."),
         "config": {name: value for name, value in config.items() if name not in ("text_config", "_name_or_path")},
         "image_processor": backbone.image_processor.to_dict() | {"class": type(backbone.image_processor).__name__},
         "weights_sha256": digest.hexdigest(),
-        "images_sha256": hashlib.sha256("".join(images).encode()).hexdigest()}
+        "images_sha256": hashlib.sha256("".join(chain(*lines)).encode()).hexdigest()}
     return json.loads(json.dumps(facts))  # as the file will state them: lists for tuples, texts for keys
 
 
 def write_features(stem: Path, facts: dict[str, Any], backbone: Backbone, catalog: Catalog, rows: list[int]) -> None:
-    """Encode the images of `rows` batch by batch into the file. What a stopped run left has no .json, and is written anew.
+    """Encode the images of `rows` batch by batch into the file, unless it is whole. What a stopped run left has no .json, and is written anew.
 
-    A lock lets one process write while the others wait for it; it ends with its process, in whatever way that ends.
+    The batches are those of a single process, dealt out to the ranks in turn, and each rank writes its own at their place in the file.
     """
     data, index = stem.with_suffix(".bin"), stem.with_suffix(".json")
+    stream = items.encode(backbone, catalog, items.own_rows(rows))
+    part: list[Picture] = []  # this rank's batch of the round
+
+    def encode() -> list[tuple[int, list[int] | None]]:
+        part[:] = [picture for _, picture in islice(stream, items.BATCH)]
+        return [(len(features), None if grid is None else grid.tolist()) for features, grid in part]
+
+    def write(file: BinaryIO, tokens_before: int) -> None:
+        file.seek(tokens_before * backbone.width * backbone.model.dtype.itemsize)
+        file.writelines(features.contiguous().view(torch.uint8).numpy() for features, _ in part)
+        file.flush()
+
     try:
-        data.parent.mkdir(parents=True, exist_ok=True)
-        with open(data, "ab") as file:  # "wb" would cut off what another process is writing
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if index.exists():  # written while this process waited
+        with _claimed(data, index) as claimed:
+            if not claimed:
                 return
             print(f"{len(rows)} images of {catalog.name} are encoded once, into {data}")
-            tokens, grids = [], []
-            try:
-                file.truncate(0)
-                for _, (features, grid) in encode(backbone, catalog, rows):
-                    file.write(features.contiguous().view(torch.uint8).numpy())
-                    tokens.append(len(features))
-                    grids.append(None if grid is None else grid.tolist())
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                file.truncate(0)  # a full disk should not stay full
-                raise
-            write_index(index, facts, tokens, grids)
+            tokens: list[int] = []
+            grids: list[list[int] | None] = []
+            written = 0  # tokens of all rounds before
+            with open(data, "r+b") as file:
+                while len(tokens) < len(rows):
+                    found = from_each(encode)
+                    from_each(write, file, written + sum(n for n, _ in chain(*found[: rank()])))
+                    for n, grid in chain(*found):
+                        tokens.append(n)
+                        grids.append(grid)
+                        written += n
+                from_each(os.fsync, file.fileno())
+            from_each(lambda: write_index(index, facts, tokens, grids) if rank() == 0 else None)
     except OSError as error:
         raise InputError(f"{data}: cannot be written ({error.strerror}); image features are kept there, so free space or name a folder "
                          "that can be written with --features") from None
+
+
+@contextmanager
+def _claimed(data: Path, index: Path) -> Iterator[bool]:
+    """Whether these ranks have to write the file. If so, rank 0 holds a lock on it until it is whole or, after a failure, gone.
+
+    The lock lets one run write while the others wait for it; it ends with its process, in whatever way that ends.
+    """
+    lock = None
+    try:
+        if rank() == 0 and not index.exists():
+            data.parent.mkdir(parents=True, exist_ok=True)
+            lock = _locked(data)
+            if index.exists():  # written while this process waited
+                lock = lock.close()
+            else:
+                lock.truncate(0)
+        yield from_each(lambda: lock is not None)[0]
+    except BaseException:
+        if lock is not None:
+            data.unlink()  # a full disk should not stay full
+        raise
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The file, opened without cutting off what another process writes, and locked. It may be deleted while this process waits."""
+    while True:
+        file = open(path, "ab")  # noqa: SIM115  closed by whoever asks for it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists() and path.samefile(f"/proc/self/fd/{file.fileno()}"):
+            return file
+        file.close()
 
 
 def write_index(index: Path, facts: dict[str, Any], tokens: list[int], grids: list[list[int] | None]) -> None:

@@ -1,7 +1,7 @@
 """What the MLLM knows of each item: its image features, and the embeddings H and X of HaRS (HN-1)."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
@@ -9,9 +9,11 @@ from tqdm import tqdm
 
 from hanorec.backbone import Backbone, Picture, hidden_states, image_features, prompt_positions
 from hanorec.catalog import Catalog, read_image
+from hanorec.distributed import dealt, gathered, rank, ranks, share, summed
 from hanorec.hars import fuse, mean_pool
 from hanorec.prompts import text_ids
 from hanorec.topk import topk_neighbors
+from hanorec.topk_ring import topk_neighbors_ring
 
 BATCH = 32  # images or titles in one forward
 
@@ -30,6 +32,11 @@ def encode(backbone: Backbone, catalog: Catalog, rows: Iterable[int]) -> Iterato
     for start in tqdm(range(0, len(todo), BATCH), desc="images", disable=None, leave=False):
         part = todo[start : start + BATCH]
         yield from zip(part, image_features(backbone, [read_image(catalog.images[row]) for row in part]), strict=True)
+
+
+def own_rows(rows: list[int]) -> list[int]:
+    """This rank's part of `rows`, which have images: whole batches of `encode`."""
+    return list(chain(*dealt([rows[start : start + BATCH] for start in range(0, len(rows), BATCH)])))
 
 
 def item_embeddings(backbone: Backbone, catalog: Catalog, pictures: Mapping[int, Picture],
@@ -52,12 +59,18 @@ def item_embeddings(backbone: Backbone, catalog: Catalog, pictures: Mapping[int,
 
 @torch.no_grad()
 def _pooled(backbone: Backbone, inputs: list[tuple[list[int], Picture | None]], form: str) -> Tensor:
-    """The mean vector (B, d) of each title, or image, on its own. Those of one shape go together, so that nothing is padded."""
+    """The mean vector (B, d) of each title, or image, on its own. Those of one shape go together, so that nothing is padded.
+
+    The batches are those of a single process, dealt out to the ranks. A rank that runs out repeats the last one: where the model is
+    divided too, all must run it equally often.
+    """
     pooled, embed, device = torch.zeros(len(inputs), backbone.width), backbone.model.get_input_embeddings(), backbone.device
     shapes = [(len(ids), [] if picture is None or picture.grid is None else picture.grid.tolist()) for ids, picture in inputs]
     groups = [list(group) for _, group in groupby(sorted(range(len(inputs)), key=shapes.__getitem__), shapes.__getitem__)]
     batches = [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
-    for batch in tqdm(batches, desc="items", disable=None, leave=False):
+    rounds = -(-len(batches) // ranks())
+    for number in tqdm(range(rank(), rounds * ranks(), ranks()), desc="items", disable=None, leave=False):
+        batch = batches[min(number, len(batches) - 1)]
         ids = torch.tensor([inputs[i][0] for i in batch], device=device)  # (b, n)
         seen = [picture for i in batch if (picture := inputs[i][1]) is not None]
         if form == "input":
@@ -66,7 +79,9 @@ def _pooled(backbone: Backbone, inputs: list[tuple[list[int], Picture | None]], 
             positions = prompt_positions(backbone, inputs[batch[0]][0], [picture.grid for picture in seen[:1]])  # (R, n), the same for all
             features = torch.cat([picture.features for picture in seen]) if seen else pooled[:0]  # (b n, d), or none
             vectors = hidden_states(backbone, ids, positions[:, None].expand(-1, len(batch), -1).to(device), None, features)
-        pooled[batch] = mean_pool(vectors).cpu()
+        if number < len(batches):
+            pooled[batch] = mean_pool(vectors).cpu()
+    summed([pooled])  # each row is zero on all ranks but one
     return pooled
 
 
@@ -74,4 +89,7 @@ def neighbors(backbone: Backbone, catalog: Catalog, pictures: Mapping[int, Pictu
               form: str = "input") -> tuple[Tensor, Tensor, Tensor]:
     """HN-1 to HN-3 in one go: e (N, d), scores (N, K), index (N, K), on the backbone's device."""
     e = fuse(*item_embeddings(backbone, catalog, pictures, form)).to(backbone.device)
-    return e, *topk_neighbors(e, k)
+    if ranks() == 1:
+        return e, *topk_neighbors(e, k)
+    scores, index = topk_neighbors_ring(e[share(len(e))], len(e), k)
+    return e, gathered(scores, len(e)), gathered(index, len(e))

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hanorec.distributed import rank, whole
 from hanorec.errors import InputError, shown
 from hanorec.files import read_object, sha256, write_bytes, write_json
 
@@ -177,14 +178,15 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 def fingerprint(model: nn.Module) -> str:
     """What the top adapter stands on, as a hash of the layers' paths, shapes and first values, adapters below included.
 
-    Values are rounded to bfloat16 first, so that one checkpoint has one fingerprint whatever dtype it is loaded in.
+    Values are rounded to bfloat16 first, so that one checkpoint has one fingerprint whatever dtype it is loaded in. Ranks that divide a
+    base must ask for it together.
     """
     digest = hashlib.sha256()
     for path, layer in lora_layers(model).items():
         below = layer.base
         while True:
             weights = [below.A, below.B] if isinstance(below, LoRALinear) else [below.weight]
-            for weight in weights:
+            for weight in map(whole, weights):
                 sample = weight.detach().flatten()[:256].to("cpu", torch.bfloat16).view(torch.int16)
                 digest.update(f"{path} {tuple(weight.shape)} ".encode() + sample.numpy().tobytes())
             if not isinstance(below, LoRALinear):
@@ -194,14 +196,17 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def save_adapter(model: nn.Module, directory: str | Path, base: str, **facts: Any) -> None:
-    """Write the top adapter: adapter_model.safetensors, hanorec.json, adapter_config.json (last, as the mark of completeness).
+    """Write the top adapter: adapter_model.safetensors, hanorec.json, adapter_config.json (last, as the mark of completeness). All ranks
+    call it, rank 0 writes.
 
     base: name or path of the base checkpoint. facts: what else hanorec.json should say (stage, settings, data hash).
     """
     directory, layers = Path(directory), lora_layers(model)
     if not layers:
         raise ValueError("save_adapter: the model has no LoRA layer; call add_lora first")
-    top = next(iter(layers.values()))
+    top, stands_on = next(iter(layers.values())), fingerprint(model)
+    if rank() > 0:
+        return
     tensors = {f"base_model.model.{path}.lora_{side}.weight": getattr(layer, side).detach().cpu().contiguous()
                for path, layer in layers.items() for side in "AB"}
     leaves = sorted({path.rpartition(".")[2] for path in layers})
@@ -209,7 +214,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str, **facts: An
     data = save(tensors, metadata={"format": "pt"})
     write_bytes(directory / "adapter_model.safetensors", data)
     write_json(directory / "hanorec.json", {
-        **facts, "base": base, "stands_on": fingerprint(model), "adapter_sha256": hashlib.sha256(data).hexdigest()})
+        **facts, "base": base, "stands_on": stands_on, "adapter_sha256": hashlib.sha256(data).hexdigest()})
     write_json(directory / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": top.r,
         "lora_alpha": top.scale * top.r, "lora_dropout": top.dropout, "bias": "none", "fan_in_fan_out": False,
@@ -275,7 +280,7 @@ def attach_adapter(model: nn.Module, directory: str | Path) -> None:
 
 def save_policy(model: nn.Module, directory: str | Path, base: str, below: str | Path | None, **facts: Any) -> None:
     """`save_adapter`, with a copy of the adapter it stands on in the folder `below`, so that the folder is whole by itself."""
-    if below is not None:
+    if below is not None and rank() == 0:
         shutil.copytree(below, Path(directory) / "below", dirs_exist_ok=True,  # there already, if a run was killed here
                         ignore=shutil.ignore_patterns("log.jsonl", "run.json", "pairs.tsv", "reference.safetensors", "checkpoint-*", "*.png"))
     save_adapter(model, directory, base, **facts)

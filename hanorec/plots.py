@@ -22,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from hanorec.demo import ROWS
 from hanorec.errors import InputError, run
@@ -198,12 +199,14 @@ def plot_noise(path: Path) -> list[Path]:
     """The loss of a language model under HN-9 against σ_n, a line for each mode and choice of layers; the bar is a deviation over draws."""
     stored = read_object(path)
     figure, (axis,) = panels(1, 5, 3.4)
-    for curve, style, marker in zip(stored["curves"], STYLES * 9, MARKERS * 9, strict=False):
+    for number, (curve, style, marker) in enumerate(zip(stored["curves"], STYLES * 9, MARKERS * 9, strict=False)):
         axis.errorbar(curve["sigma"], curve["mean"], curve["deviation"], linestyle=style, marker=marker, markersize=4, capsize=2,
-                      color="0.3", label=curve["name"])
+                      color="0.1" if number < len(STYLES) else "0.6", label=curve["name"])
     axis.axhline(stored["clean"], color="black", linewidth=1)
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(ScalarFormatter())
     axis.set_xlabel("σ_n")
     axis.set_ylabel("nats a token; the line is without noise")
     axis.legend(fontsize=7)

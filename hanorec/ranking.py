@@ -4,6 +4,7 @@ Only training pairs are masked, in validation and in test alike, as the MMRec to
 items compete. T = targets, that is held-out pairs (u, i); U = users, I = items; branches t (text), v (image), f (fused).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hanorec.brmrs_model import Embeddings, scores
+from hanorec.distributed import dealt, summed
 from hanorec.errors import InputError
 from hanorec.files import read_object
 
@@ -48,15 +50,15 @@ def target_ranks(user: Tensor, item: Tensor, targets: Tensor, seen: Seen) -> Ten
     Args:
         user (U, d), item (I, d): a score is an inner product. targets: (2, T) int64.
     Returns:
-        (T,) int64, exact for the scores as computed; memory for one block of targets, not for U x I.
+        (T,) int64, exact for the scores as computed; memory for one block of targets, not for U x I. Several processes divide the blocks.
     Raises:
         InputError: embeddings that are not finite; a target that is masked.
     """
     if not (user.isfinite().all() and item.isfinite().all()):
         raise InputError("embeddings that are not finite, expected numbers; lower --learning-rate")
-    ranks = torch.empty_like(targets[0])  # (T,)
+    ranks = torch.zeros_like(targets[0])  # (T,)
     ids = torch.arange(len(item), device=item.device)  # (I,)
-    for part in targets[0].argsort(stable=True).split(max(1, NUMBERS_PER_BLOCK // len(item))):
+    for part in own_blocks(targets[0].argsort(stable=True), len(item)):
         users, row = targets[0][part].unique_consecutive(return_inverse=True)  # (b,), (T_b,): a user's scores are computed once
         s = user[users] @ item.T  # (b, I)
         s[seen.of(users)] = -torch.inf
@@ -71,7 +73,13 @@ def target_ranks(user: Tensor, item: Tensor, targets: Tensor, seen: Seen) -> Ten
         if tied.any():
             above[tied] += ((s[tied] == own[tied]) & (ids < i[tied])).sum(1, dtype=torch.int32)
         ranks[part] = 1 + above.long()
+    summed([ranks])  # each is zero in all processes but one
     return ranks
+
+
+def own_blocks(rows: Tensor, items: int) -> Sequence[Tensor]:
+    """Rows whose scores fill a block; those that are this process's."""
+    return dealt(rows.split(max(1, NUMBERS_PER_BLOCK // items)))
 
 
 def user_rows(ranks: Tensor, users: Tensor, ks: tuple[int, ...] = KS) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -146,16 +154,20 @@ class Retriever:
     seen: Seen
 
     def top_n(self, rows: Tensor, n: int) -> Tensor:
-        """The n best items of each user that are not among the training pairs, best first: rows (b,) int64 -> item rows (b, n)."""
+        """The n best items of each user that are not among the training pairs, best first: rows (b,) int64 -> item rows (b, n).
+
+        Several processes divide the users; each returns all.
+        """
         least = len(self.items) - int(self.seen.degree[rows].max()) if len(rows) else n
         if not 1 <= n <= least:
             raise InputError(f"{n} items to retrieve: one of these users has {least} items without a training pair; choose 1 .. that many")
-        found = []
-        for part in rows.split(max(1, NUMBERS_PER_BLOCK // len(self.items))):
-            s = self.user[part] @ self.item.T  # (b, I)
-            s[self.seen.of(part)] = -torch.inf
-            found.append(s.argsort(dim=1, descending=True, stable=True)[:, :n])  # stable: of equal scores the smaller row first
-        return torch.cat(found)
+        found = rows.new_zeros(len(rows), n)
+        for part in own_blocks(torch.arange(len(rows)), len(self.items)):
+            s = self.user[rows[part]] @ self.item.T  # (b, I)
+            s[self.seen.of(rows[part])] = -torch.inf
+            found[part] = s.argsort(dim=1, descending=True, stable=True)[:, :n]  # stable: of equal scores the smaller row first
+        summed([found])  # each row is zero in all processes but one
+        return found
 
 
 def load_retriever(folder: str | Path) -> Retriever:

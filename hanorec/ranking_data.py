@@ -12,10 +12,11 @@ from hanorec.backbone import load_backbone
 from hanorec.catalog import load_catalog
 from hanorec.config import BrmrsFiles
 from hanorec.datasets.mmrec import FEATURES, SPLITS, RankingData, read_mmrec
+from hanorec.distributed import summed
 from hanorec.errors import InputError
 from hanorec.hars import mean_pool
 from hanorec.interactions import load_interactions
-from hanorec.items import encode, item_embeddings
+from hanorec.items import encode, item_embeddings, own_rows
 
 
 def load_ranking_data(files: BrmrsFiles) -> RankingData:
@@ -71,9 +72,11 @@ def read_native(files: BrmrsFiles) -> RankingData:
         seen.update(new)
         pairs[split] = torch.tensor(new, dtype=torch.int64).reshape(-1, 2).T.contiguous()
     backbone = load_backbone(files.model, files.dtype, files.device, files.max_pixels)
-    H, X, has_image = item_embeddings(backbone, catalog, {})
-    for row, picture in encode(backbone, catalog, range(len(catalog.ids))):
-        X[row], has_image[row] = mean_pool(picture.features), True
+    H, X, _ = item_embeddings(backbone, catalog, {})
+    has_image = torch.tensor([path is not None for path in catalog.images])
+    for row, picture in encode(backbone, catalog, own_rows(has_image.nonzero()[:, 0].tolist())):
+        X[row] = mean_pool(picture.features)
+    summed([X])  # each row is zero on all ranks but one
     features = {"t": H, "v": X}
     if not has_image.any():
         print("note: no item has an image, so there are no image features")

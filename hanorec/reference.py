@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hanorec.backbone import Picture
+from hanorec.distributed import rank
 from hanorec.errors import InputError
 from hanorec.files import write_bytes
 from hanorec.prompts import Row
@@ -31,7 +32,8 @@ def rows_hash(rows: Sequence[Row], pictures: Mapping[int, Picture]) -> str:
 
 def save_reference(path: Path, log_probs: Tensor, facts: dict[str, Any]) -> None:
     """Write log pi_ref (P, A) with the facts that it depends on."""
-    write_bytes(path, save({"log_probs": log_probs.cpu().contiguous()}, metadata={"facts": json.dumps(facts)}))
+    if rank() == 0:
+        write_bytes(path, save({"log_probs": log_probs.cpu().contiguous()}, metadata={"facts": json.dumps(facts)}))
 
 
 def load_reference(path: Path, facts: dict[str, Any]) -> Tensor:

@@ -7,9 +7,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hanorec.backbone import Backbone, Picture, hidden_states
+from hanorec.distributed import ranks
 from hanorec.losses import token_log_probs
 from hanorec.prompts import Batch, Row, collate
-from hanorec.training import autocast, chunks
+from hanorec.training import autocast, of_all, own_parts
 
 
 def forward(backbone: Backbone, batch: Batch) -> Tensor:
@@ -44,13 +45,16 @@ def score_rows(backbone: Backbone, rows: Sequence[Row], pictures: Mapping[int, P
     """`answer_log_probs` of many rows, `batch` at a time: sums (P, A) and means per token (P, A), float32, on the CPU.
 
     Every prompt is computed once, whatever the number of its answers; plain: once an answer. about: the name of the progress bar.
+    The ranks divide the rows; each returns all.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))  # like lengths together: less padding
-    sums, means = torch.zeros(len(rows), len(rows[0].answers)), torch.zeros(len(rows), len(rows[0].answers))
-    for part in tqdm(list(chunks(order, batch)), desc=about, disable=None, leave=False):
+    order = [i for r in range(ranks()) for i in order[r :: ranks()]]  # long and short ones in each rank's share
+    scores = []
+    for part, _ in tqdm(own_parts(order, batch), desc=about, disable=None, leave=False):
         micro = collate(backbone, [rows[i] for i in part], pictures, packed=not plain)
         with autocast(backbone):
             logits = forward(backbone, micro)
-        sums[part] = answer_log_probs(logits, micro).cpu().float()
-        means[part] = answer_log_probs(logits, micro, mean=True).cpu().float()
-    return sums, means
+        scores.append(torch.stack([answer_log_probs(logits, micro, mean=mean) for mean in (False, True)], 1).cpu().float())  # (b, 2, A)
+    found = torch.empty(len(rows), 2, len(rows[0].answers))
+    found[order] = of_all(scores, len(rows))
+    return found[:, 0], found[:, 1]

@@ -37,37 +37,52 @@ def topk_neighbors(e: Tensor, k: int, block: int | None = None) -> tuple[Tensor,
     Source: document 000, section 2.1, HaRS; paper eq. (4).
     """
     n, wide = len(e), torch.promote_types(e.dtype, torch.float32)
-    block = (BLOCK_CPU if e.device.type == "cpu" else BLOCK_GPU) if block is None else block
-    if not 1 <= k <= n - 1:
-        raise InputError(f"K = {k} neighbours of {n} items: K must lie in 1 .. {n - 1}; choose a smaller K")
-    if block < 1:
-        raise InputError(f"block = {block} rows: expected 1 or more; leave it out for the default")
-    finite = e.amin(1).isfinite() & e.amax(1).isfinite()  # (N,); e.isfinite() would take a copy of e
-    if not finite.all():
-        raise InputError(f"row {int((~finite).nonzero()[0])} of the embeddings is not finite; mend the features")
+    block = block_rows(e, block)
+    check(n, k, first_not_finite(e))
     best = e.new_full((n, k), -torch.inf, dtype=wide)  # (N, K)
     index = torch.zeros(n, k, dtype=torch.int64, device=e.device)  # (N, K)
     for i in range(0, n, block):
         for j in range(i, n, block):
             I, J = slice(i, i + block), slice(j, j + block)
             # HN-3: N_K(i) = \operatorname{top-}K_{j \ne i} s_{ij}, \quad s_{ij} = \langle e_i, e_j \rangle
-            s = _products(e[I], e[J], wide)  # (b_I, b_J)
+            s = products(e[I], e[J], wide)  # (b_I, b_J)
             if i == j:  # a pair once, an item with itself never
                 s.masked_fill_(torch.ones_like(s, dtype=torch.bool).tril(), -torch.inf)
             # In this order each row meets the others by rising index: first those above it, as columns, then those below.
-            _keep_best(best[J], index[J], s.T, i)
-            _keep_best(best[I], index[I], s, j)
+            keep_best(best[J], index[J], s.T, i)
+            keep_best(best[I], index[I], s, j)
     return best, index
 
 
-def _products(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+def block_rows(e: Tensor, block: int | None) -> int:
+    """The rows of a block, by default those that suit the device."""
+    if block is not None and block < 1:
+        raise InputError(f"block = {block} rows: expected 1 or more; leave it out for the default")
+    return (BLOCK_CPU if e.device.type == "cpu" else BLOCK_GPU) if block is None else block
+
+
+def first_not_finite(e: Tensor) -> int:
+    """The number of the first row that holds NaN or infinity; N where there is none."""
+    broken = ~(e.amin(1).isfinite() & e.amax(1).isfinite())  # (N,); e.isfinite() would take a copy of e
+    return int(broken.nonzero()[0]) if broken.any() else len(e)
+
+
+def check(n: int, k: int, broken: int) -> None:
+    """InputError for a K out of range, or where the first row that is not finite is one of the N."""
+    if not 1 <= k <= n - 1:
+        raise InputError(f"K = {k} neighbours of {n} items: K must lie in 1 .. {n - 1}; choose a smaller K")
+    if broken < n:
+        raise InputError(f"row {broken} of the embeddings is not finite; mend the features")
+
+
+def products(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     """a b^T in `wide`; half precision stays so on a GPU, whose products sum in float32, and is widened on a CPU."""
     if a.is_cuda and a.dtype != wide:
         return torch.mm(a, b.T, out_dtype=wide)
     return a.to(wide) @ b.to(wide).T
 
 
-def _keep_best(best: Tensor, index: Tensor, s: Tensor, first: int) -> None:
+def keep_best(best: Tensor, index: Tensor, s: Tensor, first: int) -> None:
     """Merge s (r, c), the scores of the columns first .. first + c - 1, into best and index (r, K), which hold smaller columns alone."""
     k = best.shape[1]
     # A row whose K-th score is not beaten stays as it is: an equal score has the larger index. The more rows, the fewer are left.

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from hanorec.backbone import Backbone
 from hanorec.catalog import Catalog, data_hash
 from hanorec.config import DataConfig, ModelConfig
+from hanorec.distributed import gathered, rank, ranks, share
 from hanorec.errors import InputError
 from hanorec.files import read_object, sha256, write_json
 from hanorec.lora import fingerprint
@@ -44,6 +45,22 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """Micro-batches: consecutive parts of at most `size`."""
     for i in range(0, len(items), size):
         yield items[i : i + size]
+
+
+def own_parts(batch: Sequence[int], size: int) -> list[tuple[Sequence[int], int]]:
+    """This rank's share of a global batch in micro-batches, each with its weight in the loss: 1.
+
+    Every rank gets equally many, since the forwards of a divided base are collective: one that is short does a row at weight 0.
+    """
+    parts = [(part, 1) for part in chunks(batch[share(len(batch))], size)]
+    longest = -(-len(batch) // ranks())
+    return parts + [(batch[:1], 0)] * (-(-longest // size) - len(parts))
+
+
+def of_all(found: Sequence[Tensor], n: int) -> Tensor:
+    """What the micro-batches of `own_parts` found about their rows, each (b, ...) -> (n, ...) of the whole batch, in its order, on every rank."""
+    own = share(n)
+    return gathered(torch.cat(list(found))[: own.stop - own.start], n)
 
 
 def cosine(step: int, steps: int) -> float:
@@ -97,6 +114,8 @@ def write_run(out: Path, configs: Sequence[Any], inputs: dict[str, Any] | None =
 
     InputError where a run that goes on was started with other inputs: data, base or adapter were changed behind its names.
     """
+    if rank() > 0:
+        return
     path, inputs = out / "run.json", inputs or {}
     if path.exists():
         started = read_object(path).get("inputs", {})
@@ -105,7 +124,7 @@ def write_run(out: Path, configs: Sequence[Any], inputs: dict[str, Any] | None =
                 raise InputError(f"{path}: this run was started with {name} of hash {started.get(name)}, which is {value} now, expected no "
                                  "change; put the old one back to go on, or choose another --out")
     write_json(path, {
-        "command": Path(sys.argv[0]).name, "settings": all_settings(configs), "inputs": inputs, **facts,
+        "command": Path(sys.argv[0]).name, "settings": all_settings(configs), "inputs": inputs, "ranks": ranks(), **facts,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
                      "numpy": np.__version__},
         "git_revision": git_revision()})
@@ -129,6 +148,8 @@ def git_revision() -> str | None:
 
 def append_log(path: Path, record: dict[str, Any]) -> None:
     """One line of JSON; flushed, so that a run can be watched."""
+    if rank() > 0:
+        return
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
 

@@ -199,17 +199,18 @@ def test_damaged_files_are_refused(qwen, few, tmp_path, spoil, words):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), InputError("bad image"), OSError(28, "No space left on device")])
 def test_a_stopped_run_leaves_nothing_that_counts(qwen, few, monkeypatch, tmp_path, stop):
-    """Stopped in the second batch: no index, and no bytes, so that a full disk does not stay full. The next run starts anew."""
+    """Stopped in the second batch: no file stays, so that a full disk does not stay full. The next run starts anew."""
     def stopping(*arguments):
-        yield from list(items.encode(*arguments))[:32]
+        yield from list(encode(*arguments))[:32]
         raise stop
 
+    encode = items.encode
+
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, InputError)) as caught:
-        patch.setattr(features, "encode", stopping)
+        patch.setattr(items, "encode", stopping)
         stored_pictures(qwen, few, tmp_path)
-    (data,) = tmp_path.iterdir()
-    assert data.suffix == ".bin" and data.stat().st_size == 0
-    assert not isinstance(stop, OSError) or f"{data}: cannot be written (No space left on device)" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    assert not isinstance(stop, OSError) or ".bin: cannot be written (No space left on device)" in str(caught.value)
     assert same(stored_pictures(qwen, few, tmp_path), encode_pictures(qwen, few, range(40)))
 
 
@@ -243,6 +244,23 @@ def test_one_process_writes_and_the_others_wait(qwen, few, no_tower, tmp_path):
         shutil.copyfile(done.with_suffix(".json"), data.with_suffix(".json"))
     waiting.join(10)
     assert same(found[0], expected)
+
+
+def test_who_waits_for_a_run_that_fails_writes_the_file(qwen, few, tmp_path):
+    """The lock is held here, as by a process that encodes; it deletes the file before it lets go, so what waits must open another."""
+    expected = stored_pictures(qwen, few, tmp_path / "done")
+    (done,) = (tmp_path / "done").glob("*.bin")
+    (tmp_path / "shared").mkdir()
+    data, found = tmp_path / "shared" / done.name, []
+    with open(data, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=lambda: found.append(stored_pictures(qwen, few, tmp_path / "shared")), daemon=True)
+        waiting.start()
+        time.sleep(0.3)
+        file.write(b"half")
+        data.unlink()
+    waiting.join(30)
+    assert same(found[0], expected) and data.read_bytes() == done.read_bytes()
 
 
 def test_a_folder_that_cannot_be_written(qwen, few, tmp_path):

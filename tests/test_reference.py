@@ -126,8 +126,8 @@ def test_three_rejected_answers(launch, data, checkpoints, sft):
 def test_pair_logits_by_hand():
     """h of (w, l1), (w, l2): (5 - 1) - (3 - 2) = 3 and (5 - 1) - (4 - 0) = 0; second prompt: 1 - 0 = 1 and 1 - 2 = -1."""
     policy, reference = torch.tensor([[5.0, 3, 4], [1, 0, 2]]), torch.tensor([[1.0, 2, 0], [0, 0, 0]])
-    assert train_dpo.pair_logits(policy, reference).tolist() == [3, 0, 1, -1]
-    assert train_dpo.pair_logits(policy[:, :2], reference[:, :2]).tolist() == preference_logit(
+    assert train_dpo.pair_logits(policy, reference).tolist() == [[3, 0], [1, -1]]
+    assert train_dpo.pair_logits(policy[:, :2], reference[:, :2])[:, 0].tolist() == preference_logit(
         policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1]).tolist()
 
 

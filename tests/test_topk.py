@@ -106,7 +106,7 @@ def test_rows_along_an_arc():
 @pytest.mark.parametrize("broken", ["rows alone", "later first"])
 def test_the_check_can_fail(broken, monkeypatch):
     """Negative control: a kernel that forgets the transposed half, and one that lets a later equal score in, do not match the oracle."""
-    keep_best = topk._keep_best
+    keep_best = topk.keep_best
 
     def rows_alone(best, index, s, first):
         if s.is_contiguous():
@@ -116,7 +116,7 @@ def test_the_check_can_fail(broken, monkeypatch):
         best -= 1e-9  # then an equal score beats it
         keep_best(best, index, s, first)
 
-    monkeypatch.setattr(topk, "_keep_best", rows_alone if broken == "rows alone" else later_first)
+    monkeypatch.setattr(topk, "keep_best", rows_alone if broken == "rows alone" else later_first)
     with pytest.raises(AssertionError):
         check_against_oracle(torch.eye(3, dtype=torch.float64).repeat(5, 1), 3, 1e-7, 4)
 

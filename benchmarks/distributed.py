@@ -1,0 +1,98 @@
+"""What several processes cost: time and bytes of an optimizer step on 2 processes against 1, at the same global batch.
+
+    python benchmarks/distributed.py [--repeats 3]
+
+The demo's base model on Posterland, LoRA r = 8, global batches of 16 rows, gloo on one machine. Two runs of each kind, of 2 and of 6 steps, differ
+in 4 steps and nothing else: their difference is 4 steps without start and end. CPU time is the sum over the processes; each has
+one thread. Kinds take turns, and a ratio is of runs next to each other; the table has medians. Bytes are what a rank hands to collectives.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from processes import together
+
+from hanorec import demo
+from hanorec.datasets.posterland import make_posterland
+
+COMMON = ["--micro-batch", "8", "--accumulation", "2", "--lora-dropout", "0", "--epochs", "1", "--targets-per-user", "1", "--save-every", "1000"]
+KINDS = {"1 process": (1, []), "2 processes": (2, []), "2 processes, --shard": (2, ["--shard", "true"])}
+CALLS = ["all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor"]
+
+
+def counted(tally: list[int]) -> None:
+    """From here on `tally` grows by the bytes that this process hands to collectives."""
+    def wrap(call: Any, place: int) -> Any:
+        def inner(*arguments: Any, **named: Any) -> Any:
+            tensor = arguments[place] if len(arguments) > place else named.get("input_tensor", named.get("input"))
+            tally[0] += tensor.numel() * tensor.element_size()
+            return call(*arguments, **named)
+        return inner
+
+    for name in CALLS:
+        setattr(dist, name, wrap(getattr(dist, name), 0 if name in ("all_reduce", "broadcast") else 1))
+
+
+def run(n: int, script: str, flags: list[str]) -> tuple[float, float, int]:
+    """(wall seconds, CPU seconds of all processes, bytes of one rank) of a script on n processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        def work() -> None:
+            tally, wall, cpu = [0], time.perf_counter(), time.process_time()
+            counted(tally)
+            demo.script(script).main([*flags, "--out", str(Path(folder) / "out")])
+            rank = dist.get_rank()
+            (Path(folder) / f"{rank}.json").write_text(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, tally[0]]))
+
+        sys.stdout.flush()
+        if together(n, work) != [0] * n:
+            raise SystemExit("a process failed; its traceback is above")
+        walls, cpus, sizes = zip(*(json.loads(path.read_text()) for path in Path(folder).glob("*.json")), strict=True)
+        return max(walls), sum(cpus), max(sizes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = "1"
+    print("stage | | ms a step, wall | CPU, all processes | wall, times 1 process | CPU, times 1 process | bytes a step | times the adapter\n" + "---|" * 7 + "---")
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        make_posterland(data, users=96)
+        common = ["--model", str(demo.BASE), "--data", str(data), *COMMON]
+        spans = [("2 steps", ["--users-to", "0.3334"], 2), ("6 steps", [], 6)]
+        for script in ("train_sft", "train_dpo"):
+            run(1, script, [*common, "--users-to", "0.2"])  # the feature file
+            found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS}
+            for _ in range(args.repeats):
+                for kind, (n, flags) in KINDS.items():
+                    few, many = (run(n, script, [*common, *span, *flags]) for _, span, _ in spans)
+                    found[kind].append(tuple((b - a) / 4 for a, b in zip(few, many, strict=True)))
+            adapter = json.loads(adapter_size(common)) * 4
+            for kind, measured in found.items():
+                wall, cpu, size = (statistics.median(values) for values in zip(*measured, strict=True))
+                ratios = [statistics.median(m[i] / one[i] for m, one in zip(measured, found["1 process"], strict=True)) for i in (0, 1)]
+                print(f"{script} | {kind} | {1000 * wall:.0f} | {1000 * cpu:.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} | {size:,.0f} | {size / adapter:.2f}", flush=True)
+
+
+def adapter_size(common: list[str]) -> str:
+    """Weights of the adapter, as run.json states them."""
+    with tempfile.TemporaryDirectory() as folder:
+        demo.script("train_sft").main([*common, "--users-to", "0.2", "--out", f"{folder}/out"])
+        return json.dumps(json.loads(Path(folder, "out", "run.json").read_text())["trained_weights"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""SFT and DPO on random weights of published shapes: tokens a second and peak memory, beside the README's arithmetic.
+
+    python benchmarks/gpu.py make 3B MODEL                                        once: the checkpoint, random bfloat16 weights
+    torchrun --nproc-per-node 1 benchmarks/gpu.py run MODEL OUT [any flag of train_sft.py, as --shard true or --checkpointing true]
+
+Sizes: 2B, 3B, 7B (Qwen2-VL-2B, Qwen2.5-VL-3B, -7B), and tiny for a CPU. The data are Posterland's: 5 films of history, 10 candidates, 15 images of
+64 tokens; only lengths matter here. Each stage does 12 optimizer steps of 4 x 2 rows, of which the first two are not timed.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from sizes import MICRO, MODELS, in_layers
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen2VLImageProcessor
+
+from hanorec import demo
+from hanorec.datasets.posterland import make_posterland, words
+from hanorec.distributed import rank, ranks
+from hanorec.files import claim_folder, write_json
+from hanorec.tiny import make_checkpoint
+
+SHAPES = {"2B": ("Qwen2-VL-2B", 12, 151_936), "3B": ("Qwen2.5-VL-3B", 16, 151_936), "7B": ("Qwen2.5-VL-7B", 28, 152_064)}  # published name, heads, vocabulary
+STEPS, SKIPPED = 12, 2
+FLAGS = ["--max-pixels", str(224 * 224), "--micro-batch", str(MICRO), "--accumulation", "2", "--epochs", "1", "--targets-per-user", "1", "--lora-dropout", "0"]
+
+
+def make(size: str, out: Path) -> None:
+    """A checkpoint folder: tokenizer and template of hanorec.tiny, configuration and number of weights of the published model."""
+    family = "qwen2_vl" if size == "2B" else "qwen2_5_vl"
+    make_checkpoint(family, claim_folder(out), words())
+    facts: dict[str, Any] = {"layers": 2, "width": 64, "kv": 32, "mlp": 192}
+    if size != "tiny":
+        name, heads, vocabulary = SHAPES[size]
+        _, _, layers, width, kv, mlp = MODELS[name]
+        facts = {"layers": layers, "width": width, "kv": kv, "mlp": mlp}
+        config = json.loads((out / "config.json").read_text())
+        text = config["text_config"] | {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads,
+                                        "num_key_value_heads": kv * heads // width, "vocab_size": vocabulary, "max_position_embeddings": 32768,
+                                        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+        text.pop("layer_types", None)
+        vision = {"depth": 32, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+        vision |= ({"embed_dim": 1280, "hidden_size": width, "mlp_ratio": 4} if size == "2B" else
+                   {"hidden_size": 1280, "out_hidden_size": width, "intermediate_size": 3420, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]})
+        kind = Qwen2VLConfig if size == "2B" else Qwen2_5_VLConfig
+        tokens = {key: value for key, value in config.items() if key.endswith("_token_id")}
+        tied = size != "7B"
+        config = kind(text_config=text | {"tie_word_embeddings": tied}, vision_config=vision, tie_word_embeddings=tied, **tokens)
+        AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
+        pixels = {"shortest_edge": 224 * 224, "longest_edge": 224 * 224}
+        Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2, size=pixels).save_pretrained(out)
+    write_json(out / "shape.json", facts)
+    print(f"wrote {out}")
+
+
+def measure(script: Any, argv: list[str]) -> tuple[float, float, int]:
+    """(seconds a step, peak bytes of this process's GPU, tokens of the whole batch's rows) of a training script."""
+    times, tokens, log, collate = [], [0], script.append_log, script.collate
+
+    def timed(path: Path, record: dict[str, Any]) -> None:
+        log(path, record)
+        times.append(time.perf_counter())
+
+    def counting(backbone: Any, rows: Any, *rest: Any, **named: Any) -> Any:
+        tokens[0] += sum(len(row.prompt) + sum(map(len, row.answers)) for row in rows)
+        return collate(backbone, rows, *rest, **named)
+
+    script.append_log, script.collate = timed, counting
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    script.main(argv)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return (times[-1] - times[SKIPPED - 1]) / (len(times) - SKIPPED), peak, tokens[0] // len(times) * ranks()
+
+
+def run(model: Path, out: Path, flags: list[str]) -> None:
+    facts, data = json.loads((model / "shape.json").read_text()), out / "data"
+    if int(os.environ.get("RANK", "0")) == 0 and not data.exists():
+        make_posterland(data, users=STEPS * MICRO * 2)
+    while not (data / "dataset.json").exists():  # written last
+        time.sleep(0.1)
+    shape = (facts["layers"], facts["width"], facts["kv"], facts["mlp"])
+    token = 2 * (6 * facts["width"] + 4 * facts["mlp"])
+    common = ["--model", str(model), "--data", str(data), *FLAGS, *flags]
+    print("stage | processes | s a step | tokens a second | TFLOP/s, forwards and backwards | peak memory, GB | weights + activations by the README's arithmetic, GB")
+    print("---|" * 6 + "---")
+    for stage, passes in (("train_sft", 4), ("train_dpo", 6)):
+        seconds, peak, tokens = measure(demo.script(stage), [*common, "--out", str(out / stage)])
+        weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        activations = MICRO * tokens / (MICRO * 2) * facts["layers"] * token
+        if rank() == 0:
+            print(f"{stage} | {ranks()} | {seconds:.2f} | {tokens / seconds:,.0f} | {passes * in_layers(*shape) * tokens / seconds / 1e12:.4g} | {peak / 1e9:.1f} | "
+                  f"{weights / 1e9:.1f} + {activations / 1e9:.1f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    making, running = commands.add_parser("make"), commands.add_parser("run")
+    making.add_argument("size", choices=[*SHAPES, "tiny"])
+    making.add_argument("model", type=Path)
+    running.add_argument("model", type=Path)
+    running.add_argument("out", type=Path)
+    args, flags = parser.parse_known_args()
+    if args.command == "make":
+        make(args.size, args.model)
+    else:
+        run(args.model, args.out, flags)
+
+
+if __name__ == "__main__":
+    main()
