@@ -86,7 +86,7 @@ def test_the_table_has_every_row_and_the_published_figure(small, data):
     out, _ = small
     found = json.loads((out / "results-test.json").read_text())[data.name]
     for one in found.values():
-        assert list(one["rows"]) == ["base", "SFT", "DPO", "λ standardised, reversed", "SFT continued", "popularity", "chance"]
+        assert list(one["rows"]) == ["base", "SFT", "DPO", "SFT continued", "λ standardised, reversed", "popularity", "chance"]
         assert one["seeds"] == 2 and one["users"] == 24 and one["same_users"]
     text = (out / "table-test.md").read_text()
     assert text.count("\nDPO | ") == 2 and text.count("49.82") == 2
