@@ -87,8 +87,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         delta = torch.cat([cluster_gap(e, scores, index, w, l, form) for w, l in split])  # (prompts n,)
         lam = misassigned(hardness(delta, dpo.hardness), dpo.control, torch.Generator().manual_seed(train.seed)).view(rejected.shape)
         cosine_wl = torch.cat([(e[w] * e[l]).sum(1) for w, l in split])  # (prompts n,)
-        if rank() == 0:
-            write_pairs(out / "pairs.tsv", pairs, source.catalog.ids, cosine_wl, delta, lam)
 
     if train.shard:
         set_tower_aside(policy)
@@ -123,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_reference(path, reference, depends)
     else:
         write_run(out, configs, inputs, **facts)
+
+    if dpo.hars and rank() == 0:  # not before all input has proved good
+        write_pairs(out / "pairs.tsv", pairs, source.catalog.ids, cosine_wl, delta, lam)
 
     random = generators(device, noise=noise)
     done, carried = load_checkpoint(out, trained, optimizer, random)

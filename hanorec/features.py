@@ -24,7 +24,7 @@ import torch
 from hanorec import items
 from hanorec.backbone import Backbone, Picture
 from hanorec.catalog import Catalog
-from hanorec.distributed import from_each, rank, share
+from hanorec.distributed import from_each, rank, share, wait_for_all
 from hanorec.errors import InputError
 from hanorec.files import read_object, sha256, write_json
 
@@ -110,7 +110,9 @@ def _claimed(data: Path, index: Path) -> Iterator[bool]:
     The lock lets one run write while the others wait for it; it ends with its process, in whatever way that ends.
     """
     lock = None
-    try:
+
+    def claim() -> bool:
+        nonlocal lock
         if rank() == 0 and not index.exists():
             data.parent.mkdir(parents=True, exist_ok=True)
             lock = _locked(data)
@@ -118,10 +120,15 @@ def _claimed(data: Path, index: Path) -> Iterator[bool]:
                 lock = lock.close()
             else:
                 lock.truncate(0)
-        yield from_each(lambda: lock is not None)[0]
-    except BaseException:
+        return lock is not None
+
+    try:
+        yield from_each(claim)[0]
+    except BaseException as error:
         if lock is not None:
             data.unlink()  # a full disk should not stay full
+        if isinstance(error, ValueError | OSError):  # `from_each` raised it on every rank: none ends, and torchrun no other, before the file is gone
+            wait_for_all()
         raise
     finally:
         if lock is not None:
