@@ -108,7 +108,7 @@ def load_checkpoint(out: Path, weights: Sequence[Tensor], optimizer: torch.optim
             i, _, what = rest.partition(".")
             state.setdefault(int(i), {})[what] = tensor
         elif kind == "random":
-            random[rest].set_state(tensor[rank()])
+            random[rest].set_state(tensor[rank()].clone())  # a view of a later row may not be aligned, which crashes
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if rank() == 0 and log.exists():
         os.truncate(log, log_bytes)
