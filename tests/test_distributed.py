@@ -80,14 +80,27 @@ def no_sum():
     train_sft.sum_gradients = lambda weights, *numbers: numbers
 
 
+def mean():
+    total = train_sft.sum_gradients
+
+    def half(weights, *numbers):
+        numbers = total(weights, *numbers)
+        for weight in weights:
+            weight.grad /= 2
+        return numbers
+
+    train_sft.sum_gradients = half
+
+
 def own_rewards():
     train_dpo.of_all = lambda found, n: torch.cat(list(found))
 
 
 def test_a_wrong_reduction_is_noticed(train):
-    """Gradients of the own share alone; eta of the own share alone."""
+    """Gradients of the own share alone; their mean, which Adam hides from the weights but not from the norm; eta of the own share alone."""
     numbers, weights = apart(train(train_sft, 1), train(train_sft, 2, change=no_sum))
     assert numbers > 100 * NUMBERS and weights > 10 * WEIGHTS
+    assert apart(train(train_sft, 1), train(train_sft, 2, change=mean))[0] > 100 * NUMBERS
     even = ["--users-to", "0.67"]  # 16 rows: 4 pairs on each rank, enough for an eta
     one, log = train(train_dpo, 1, *even)[1], train(train_dpo, 2, *even, change=own_rewards)[1]
     assert max(abs(a["eta"] - b["eta"]) for a, b in zip(one, log, strict=True)) > 100 * NUMBERS
