@@ -4,9 +4,10 @@
     python -m hanorec.ablation --out OUT --model MODEL --data DATA [--data DATA2] [--sft FLAGS] [--dpo FLAGS] [--continued FLAGS] [--test FLAGS]
 
 For each seed: SFT, then every row of ROWS from that SFT adapter, each evaluated on the same candidates. FLAGS, one string each,
-are those of train_sft.py, of train_dpo.py, of train_sft.py again (the row "SFT continued") and of evaluate.py, the same for all rows. OUT/DATA/seed-S/ROW is a run of a script, OUT/DATA/seed-S/test/ROW its
-evaluation; results.json and table.md hold what is read from them: mean and deviation over the seeds, and for each row the difference to
-DPO (the row w/o ALL) on the same users, in two ways: with an interval over users, and with one over seeds.
+are those of train_sft.py, of train_dpo.py, of train_sft.py again (the row "SFT continued") and of evaluate.py, the same for all rows.
+OUT/DATA/seed-S/ROW is a run of a script, OUT/DATA/seed-S/SPLIT/ROW its evaluation; OUT/results-SPLIT.json and OUT/table-SPLIT.md hold what
+is read from them: mean and deviation over the seeds, and for each row the difference to DPO (the row w/o ALL) on the same users, in two
+ways: with an interval over users, and with one over seeds.
 """
 
 import argparse
@@ -20,10 +21,13 @@ from typing import Any
 import numpy as np
 
 from hanorec import demo
+from hanorec.checkpoint import check_settings
+from hanorec.config import DataConfig, DpoConfig, EvalConfig, ModelConfig, TrainConfig, parse
 from hanorec.datasets.posterland import make_posterland
 from hanorec.errors import InputError, run
-from hanorec.files import read_object, write_json, write_text
+from hanorec.files import read_json, read_object, write_json, write_text
 from hanorec.metrics import paired_test
+from hanorec.training import all_settings
 
 # Row -> (script, flags). Rows about lambda have no noise and rows about noise no lambda, so that one thing differs from DPO at a time.
 ROWS: dict[str, tuple[str, list[str]]] = {
@@ -47,6 +51,8 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 }
 PUBLISHED = {"HaNoRec": 56.73, "w/o HaRS": 51.26, "w/o NoDO": 54.38, "w/o SAM": 53.91, "DPO": 49.82}  # NDCG@3 on MicroLens, document 000
 POSTERLAND = {"sft": demo.SFT, "dpo": demo.DPO, "continued": demo.DPO, "test": demo.TEST}  # flags of each stage
+TRAINING = {"train_sft": [ModelConfig, DataConfig, TrainConfig], "train_dpo": [ModelConfig, DataConfig, TrainConfig, DpoConfig]}
+EVALUATION = [ModelConfig, DataConfig, EvalConfig]
 METRICS = ["HR@3", "NDCG@3", "AUC"]
 CONTROL = "DPO"
 T_975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t for 2 .. 10 seeds
@@ -57,49 +63,62 @@ def folder_name(row: str) -> str:
     return re.sub(r"[^\w.]+", "-", row).strip("-")
 
 
-def run_row(here: Path, row: str, script: str, flags: Sequence[str], test: Sequence[str], split: str) -> dict[str, Any]:
-    """Train and evaluate what of one row is not finished yet; returns its metrics.json. flags, test: all that the scripts need but --out."""
-    out, report = here / folder_name(row), here / split / folder_name(row)
-    if script and not (out / "adapter_config.json").exists():
-        start = time.process_time()
-        demo.script(script).main([*flags, "--out", str(out)])
-        write_json(here / "cpu" / f"{folder_name(row)}.json", {"cpu_seconds": time.process_time() - start, "flags": list(flags)})
-    known = here / "cpu" / f"{folder_name(row)}.json"
-    if script and (ran := read_object(known)["flags"]) != list(flags):
-        raise InputError(f"{known}: the row {row!r} was trained with {shlex.join(ran)}, this command has {shlex.join(flags)}; give the same flags "
-                         "to go on, or choose another --out")
+def settings(kinds: Sequence[type], flags: Sequence[str]) -> dict[str, Any]:
+    """What a script makes of these flags, but for what differs from row to row by place alone."""
+    return {name: value for name, value in all_settings(parse(kinds, [*flags, "--out", "."])).items() if name not in ("out", "adapter")}
+
+
+def run_row(here: Path, row: str, script: str, flags: Sequence[str], test: Sequence[str]) -> dict[str, Any]:
+    """Train and evaluate what of one row is not finished yet, and read its evaluation. flags, test: all that the scripts need but --out;
+    without a script it is the base model.
+
+    InputError where what is finished was made with other settings.
+    """
+    split = settings(EVALUATION, test)["split"]
+    out, report, spent = here / folder_name(row), here / split / folder_name(row), here / "cpu" / f"{folder_name(row)}.json"
+    if script:
+        if not (out / "adapter_config.json").exists():
+            start = time.process_time()
+            demo.script(script).main([*flags, "--out", str(out)])
+            write_json(spent, time.process_time() - start)
+        check_settings(out, settings(TRAINING[script], flags))
     if not (report / "run.json").exists():  # written last
         for half in report.glob("*"):
             half.unlink()
-        policy = str(out) if script else "base"
-        demo.script("evaluate").main([*test, "--split", split, "--adapter", policy, "--out", str(report)])
-    found = read_object(report / "metrics.json")
+        demo.script("evaluate").main([*test, "--adapter", str(out) if script else "base", "--out", str(report)])
+    check_settings(report, settings(EVALUATION, test))
+    inputs = read_object(report / "run.json")["inputs"]
+    found = read_object(report / "metrics.json")["sets"]
     return {"sets": {kind: {**next(iter(one["policies"].values())), "users": one["users"], "popularity": one["popularity"], "chance": one["chance"]}
-                     for kind, one in found["sets"].items()}, "cpu_seconds": read_object(known)["cpu_seconds"] if script else 0.0}
+                     for kind, one in found.items()},
+            "evaluated_on": {name: value for name, value in inputs.items() if name == "data" or name.startswith("candidates_")},
+            "cpu_seconds": read_json(spent) if spent.exists() else None}
 
 
-def run_rows(here: Path, model: str, data: str, seed: int, flags: Mapping[str, Sequence[str]], rows: Mapping[str, tuple[str, list[str]]],
-             split: str = "test") -> dict[str, dict[str, Any]]:
-    """Base, SFT and all rows with one seed on one data set: row -> `run_row`. flags: of "sft", "dpo" and "test"."""
+def run_rows(here: Path, model: str, data: str, seed: int, flags: Mapping[str, Sequence[str]],
+             rows: Mapping[str, tuple[str, list[str]]]) -> dict[str, dict[str, Any]]:
+    """Base, SFT and all rows with one seed on one data set: row -> `run_row`. flags: of "sft", "dpo", "continued" and "test"."""
     common = ["--model", model, "--data", data]
     training, test = [*common, "--seed", str(seed)], [*common, *flags["test"]]
-    found = {"base": run_row(here, "base", "", [], test, split),
-             "SFT": run_row(here, "SFT", "train_sft", [*training, *flags["sft"]], test, split)}
+    found = {"base": run_row(here, "base", "", [], test), "SFT": run_row(here, "SFT", "train_sft", [*training, *flags["sft"]], test)}
     for row, (script, own) in rows.items():
         print(f"\n{here}: {row}")
         stage = [*(flags["dpo"] if script == "train_dpo" else flags["continued"]), *own, "--sft", str(here / "SFT")]
         if script == "train_dpo" and row != CONTROL:  # the same pairs, so the same reference; it is refused where they are not
             stage += ["--reference", str(here / folder_name(CONTROL) / "reference.safetensors")]
-        found[row] = run_row(here, row, script, [*training, *stage], test, split)
+        found[row] = run_row(here, row, script, [*training, *stage], test)
+    if other := [row for row, one in found.items() if one["evaluated_on"] != found["base"]["evaluated_on"]]:
+        raise InputError(f"{here}: the row {other[0]!r} was evaluated on other data or candidates than the base model, expected the same; the data "
+                         "folder was changed: choose another --out")
     return found
 
 
-def summarise(seeds: Sequence[Mapping[str, dict[str, Any]]], control: str = CONTROL) -> dict[str, Any]:
-    """Over the seeds of one data set: {set: {row: values of each metric, CPU seconds, difference to `control` in NDCG@3}}.
+def summarise(seeds: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Over the seeds of one data set: {set: {row: values of each metric, CPU seconds, difference to DPO in NDCG@3}}.
 
     Where all seeds have the same users, each user's values are averaged over the seeds before users are resampled; else the users of
     all seeds are the sample. Either way the interval over users holds the trained models fixed; the one over seeds is Student's, of the
-    seeds' mean differences.
+    seeds' mean differences (2 to 10 seeds).
     """
     result: dict[str, Any] = {}
     for kind in seeds[0]["SFT"]["sets"]:
@@ -110,8 +129,8 @@ def summarise(seeds: Sequence[Mapping[str, dict[str, Any]]], control: str = CONT
         for row in seeds[0]:
             values = {metric: [one[row]["metrics"][metric]["value"] for one in sets] for metric in METRICS}
             entry = {"values": values, "cpu_seconds": [seed[row]["cpu_seconds"] for seed in seeds]}
-            if row != control and control in seeds[0]:
-                own, other = ([one[r]["rows"]["NDCG@3"] for one in sets] for r in (row, control))
+            if row != CONTROL:
+                own, other = ([one[r]["rows"]["NDCG@3"] for one in sets] for r in (row, CONTROL))
                 join = (lambda parts: np.mean(parts, 0)) if shared else np.concatenate
                 gaps = np.array([np.mean(a) - np.mean(b) for a, b in zip(own, other, strict=True)])
                 half = T_975[len(gaps) - 2] * gaps.std(ddof=1) / len(gaps) ** 0.5 if 1 < len(gaps) <= 10 else None
@@ -123,16 +142,16 @@ def summarise(seeds: Sequence[Mapping[str, dict[str, Any]]], control: str = CONT
     return result
 
 
-def table(results: Mapping[str, Any], split: str, control: str = CONTROL) -> str:
+def table(results: Mapping[str, Any], split: str) -> str:
     """Markdown, in percent: a table for each data set and candidate set."""
     lines = []
     for data, sets in results.items():
         for kind, one in sets.items():
             pairs = "the same users in every seed, averaged over the seeds" if one["same_users"] else "users of all seeds together"
-            caption = (f"\n**{data}, {kind} candidates**, {split}: mean ± deviation over {one['seeds']} seed(s), percent. Difference to {control} in "
+            caption = (f"\n**{data}, {kind} candidates**, {split}: mean ± deviation over {one['seeds']} seed(s), percent. Difference to {CONTROL} in "
                        f"NDCG@3, in points: 95% interval over {one['users']} users ({pairs}); 95% interval over the seeds; seeds above.\n")
             lines += [caption,
-                      "row | " + " | ".join(METRICS) + f" | − {control} | over users | over seeds | above | CPU s | published, MicroLens",
+                      "row | " + " | ".join(METRICS) + f" | − {CONTROL} | over users | over seeds | above | CPU s | published, MicroLens",
                       "---|" * (len(METRICS) + 6) + "---"]
             for row in ["chance", "popularity", *[r for r in one["rows"] if r not in ("chance", "popularity")]]:
                 entry = one["rows"][row]
@@ -145,8 +164,8 @@ def table(results: Mapping[str, Any], split: str, control: str = CONTROL) -> str
                     spread = test["over_seeds"]
                     cells += [f"{100 * test['difference']:+.2f}", f"[{100 * test['low']:+.2f}, {100 * test['high']:+.2f}]",
                               f"[{100 * spread[0]:+.2f}, {100 * spread[1]:+.2f}]" if spread else "", f"{test['above']} of {one['seeds']}"]
-                cpu = entry.get("cpu_seconds")
-                cells += [f"{np.mean(cpu):.0f}" if cpu and any(cpu) else "", f"{PUBLISHED[row]:.2f}" if row in PUBLISHED else ""]
+                cpu = [seconds for seconds in entry.get("cpu_seconds", []) if seconds is not None]
+                cells += [f"{np.mean(cpu):.0f}" if cpu else "", f"{PUBLISHED[row]:.2f}" if row in PUBLISHED else ""]
                 lines.append(" | ".join([row, *cells]))
     return "\n".join(lines) + "\n"
 
@@ -173,15 +192,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--rows: no row {unknown[0]!r}, expected some of {'; '.join(ROWS)}")
     flags = {stage: default if args.data is None else [] for stage, default in POSTERLAND.items()}
     flags |= {stage: shlex.split(own) for stage in flags if (own := getattr(args, stage)) is not None}
+    flags["test"] = [*flags["test"], "--split", args.split]
     results = {}
     for data in args.data or ["Posterland"]:
-        here, seeds = args.out / Path(data).name, []
+        here, seeds = args.out / Path(data).resolve().name, []
         for seed in range(args.seed, args.seed + args.seeds):
             if args.data is None and not (here / f"data-{seed}" / "dataset.json").exists():
                 make_posterland(here / f"data-{seed}", demo.USERS, seed=seed)
             source, model = (data, args.model) if args.data else (str(here / f"data-{seed}"), str(demo.BASE))
-            seeds.append(run_rows(here / f"seed-{seed}", model, source, seed, flags, {name: ROWS[name] for name in ROWS if name in names}, args.split))
-        results[Path(data).name] = summarise(seeds)
+            seeds.append(run_rows(here / f"seed-{seed}", model, source, seed, flags, {name: ROWS[name] for name in ROWS if name in names}))
+        results[here.name] = summarise(seeds)
     write_json(args.out / f"results-{args.split}.json", results)
     write_text(args.out / f"table-{args.split}.md", text := table(results, args.split))
     print(f"{text}\nwrote {args.out / f'results-{args.split}.json'} and table-{args.split}.md")

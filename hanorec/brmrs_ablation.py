@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hanorec.checkpoint import check_settings
 from hanorec.config import BrmrsConfig, BrmrsFiles, parse
 from hanorec.datasets.mmrec import write_mmrec
 from hanorec.demo import script
@@ -49,12 +50,8 @@ def run_row(out: Path, files: BrmrsFiles, config: BrmrsConfig) -> dict[str, Any]
     files = replace(files, out=str(out))
     if not (out / "metrics.json").exists():
         script("train_brmrs").train(files, config)
-    stored = read_object(out / "run.json")
-    for name, value in all_settings([files, config]).items():
-        if name != "out" and stored["settings"].get(name) != value:
-            raise InputError(f"{out}: holds a run with {name} = {stored['settings'].get(name)}, this command has {value}; use the same settings "
-                             "to go on, or another --out")
-    return {"data": stored["inputs"]["data"], **read_object(out / "metrics.json")}
+    check_settings(out, {name: value for name, value in all_settings([files, config]).items() if name != "out"})
+    return {"data": read_object(out / "run.json")["inputs"]["data"], **read_object(out / "metrics.json")}
 
 
 def run_rows(out: Path, files: BrmrsFiles, rows: dict[str, BrmrsConfig], seeds: Sequence[int]) -> dict[str, Any]:

@@ -145,13 +145,18 @@ def _open_run(out: Path, settings: Mapping[str, Any], result: str) -> None:
     if (before := record.get("ranks", 1)) != ranks():
         raise InputError(f"{out}: holds a stopped run on {before} processes, this one has {ranks()}, expected as many, since each draws from a stream of "
                          f"its own; start with torchrun --nproc-per-node {before} to go on, or choose another --out")
-    stored = record.get("settings")
+    check_settings(out, settings, "a stopped run")
+    print(f"{out}: going on with the run that was stopped here")
+
+
+def check_settings(out: Path, settings: Mapping[str, Any], what: str = "a run") -> None:
+    """InputError where the run in `out` was started with other settings than these."""
+    stored = read_object(out / "run.json").get("settings")
     stored = stored if isinstance(stored, dict) else {}
     for name, value in json.loads(json.dumps(settings)).items():
         if stored.get(name) != value:
-            raise InputError(f"{out}: holds a stopped run with {name} = {stored.get(name)!r}, this command has {value!r}; give the same "
+            raise InputError(f"{out}: holds {what} with {name} = {stored.get(name)!r}, this command has {value!r}; give the same "
                              "settings to go on, or choose another --out")
-    print(f"{out}: going on with the run that was stopped here")
 
 
 def _flushed_size(path: Path) -> int:

@@ -75,10 +75,14 @@ def write_features(stem: Path, facts: dict[str, Any], backbone: Backbone, catalo
         part[:] = [picture for _, picture in islice(stream, items.BATCH)]
         return [(len(features), None if grid is None else grid.tolist()) for features, grid in part]
 
-    def write(file: BinaryIO, tokens_before: int) -> None:
-        file.seek(tokens_before * backbone.width * backbone.model.dtype.itemsize)
-        file.writelines(features.contiguous().view(torch.uint8).numpy() for features, _ in part)
-        file.flush()
+    def write(tokens_before: int) -> None:
+        with open(data, "r+b") as file:
+            file.seek(tokens_before * backbone.width * backbone.model.dtype.itemsize)
+            file.writelines(features.contiguous().view(torch.uint8).numpy() for features, _ in part)
+
+    def flush() -> None:
+        with open(data, "r+b") as file:
+            os.fsync(file.fileno())
 
     try:
         with _claimed(data, index) as claimed:
@@ -88,15 +92,15 @@ def write_features(stem: Path, facts: dict[str, Any], backbone: Backbone, catalo
             tokens: list[int] = []
             grids: list[list[int] | None] = []
             written = 0  # tokens of all rounds before
-            with open(data, "r+b") as file:
-                while len(tokens) < len(rows):
-                    found = from_each(encode)
-                    from_each(write, file, written + sum(n for n, _ in chain(*found[: rank()])))
-                    for n, grid in chain(*found):
-                        tokens.append(n)
-                        grids.append(grid)
-                        written += n
-                from_each(os.fsync, file.fileno())
+            # Whatever can fail is done by `from_each`, so that no rank waits for one that has failed.
+            while len(tokens) < len(rows):
+                found = from_each(encode)
+                from_each(write, written + sum(n for n, _ in chain(*found[: rank()])))
+                for n, grid in chain(*found):
+                    tokens.append(n)
+                    grids.append(grid)
+                    written += n
+            from_each(flush)
             from_each(lambda: write_index(index, facts, tokens, grids) if rank() == 0 else None)
     except OSError as error:
         raise InputError(f"{data}: cannot be written ({error.strerror}); image features are kept there, so free space or name a folder "

@@ -1,6 +1,7 @@
 """The ablation table: its rows, its intervals on numbers made by hand, a run on a few users that goes on, and its figures."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -74,9 +75,11 @@ def test_t_is_students():
 @pytest.fixture(scope="module")
 def small(checkpoints, data, tmp_path_factory):
     """(folder, its command) of two seeds with three rows."""
-    out = tmp_path_factory.mktemp("ablation") / "out"
+    folder = tmp_path_factory.mktemp("ablation")
+    out, world = folder / "out", folder / data.name
+    shutil.copytree(data, world)  # it is given candidate sets
     training = " ".join([*toy.SHORT, *toy.STEPS])
-    argv = ["--out", str(out), "--model", str(checkpoints["qwen2_5_vl"]), "--data", str(data), "--seeds", "2", "--rows", ROWS, "--sft", training,
+    argv = ["--out", str(out), "--model", str(checkpoints["qwen2_5_vl"]), "--data", str(world), "--seeds", "2", "--rows", ROWS, "--sft", training,
             "--dpo", training, "--continued", training, "--test", " ".join([*toy.SHORT, "--neighbors", "20"])]
     ablation.main(argv)
     return out, argv
@@ -106,10 +109,28 @@ def test_it_goes_on_where_it_stopped(small, monkeypatch):
     assert ran == ["evaluate"] and (out / "results-test.json").read_text() == before
 
 
-def test_other_flags_or_unknown_rows_are_refused(small):
-    _, argv = small
-    with pytest.raises(InputError, match="was trained with"):
-        ablation.main([*argv[:-6], "--dpo", "--epochs 2", *argv[-4:]])
+def test_a_row_killed_before_its_time_was_written_is_whole(small):
+    out, argv = small
+    for path in out.rglob("cpu/DPO.json"):
+        path.unlink()
+    ablation.main(argv)
+    found = json.loads((out / "results-test.json").read_text())
+    assert all(one["rows"]["DPO"]["cpu_seconds"] == [None, None] for sets in found.values() for one in sets.values())
+
+
+def test_other_settings_data_or_rows_are_refused(small):
+    """Also those of the evaluation alone: finished rows would be of one kind and new ones of another."""
+    out, argv = small
+    with pytest.raises(InputError, match="DPO: holds a run with epochs = 1, this command has 2"):
+        ablation.main([*argv, "--dpo", " ".join([*toy.SHORT, *toy.STEPS, "--epochs", "2"])])
+    with pytest.raises(InputError, match="base: holds a run with neighbors = 20, this command has 30"):
+        ablation.main([*argv, "--test", " ".join([*toy.SHORT, "--neighbors", "30"])])
+    path = next(out.glob("*/seed-2026/test/SFT/run.json"))
+    before = path.read_text()
+    path.write_text(before.replace(json.loads(before)["inputs"]["candidates_hard"], "0" * 64))
+    with pytest.raises(InputError, match="'SFT' was evaluated on other data or candidates"):
+        ablation.main(argv)
+    path.write_text(before)
     with pytest.raises(InputError, match="no row 'HaNoRek'"):
         ablation.main(["--out", "x", "--rows", "HaNoRek"])
     with pytest.raises(InputError, match="expected both"):

@@ -7,14 +7,18 @@ numbers (6 decimals) have to agree within 2e-5, weights within 2e-5 at a learnin
 import json
 import os
 import re
+import shutil
 import signal
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 import toy
 from processes import together, torchrun
+from toy_ranking import write_folder
 
+import evaluate
 import train_dpo
 import train_sft
 from hanorec.distributed import rank
@@ -154,10 +158,28 @@ def test_torchrun_trains_and_speaks_with_one_voice(data, checkpoints, tmp_path):
     assert not (tmp_path / "half" / "adapter_config.json").exists()
 
 
-def test_what_a_sharded_run_wrote_is_read_by_one_process(train, data, checkpoints, tmp_path):
-    """The adapter states what it stands on; were the sharded base's fingerprint another, it would be refused."""
-    import evaluate
-
+def test_what_a_sharded_run_wrote_is_evaluated_alike_by_one_process_and_by_sharded_ones(train, data, checkpoints, tmp_path):
+    """The adapter states what it stands on; were the sharded base's fingerprint another, it would be refused. 24 users on 5 ranks."""
     out, _ = train(train_sft, 2, "--shard", "true")
-    evaluate.main([*map(str, ["--model", checkpoints["qwen2_5_vl"], "--data", data, "--adapter", out, "--out", tmp_path / "test", "--sets", "random", *toy.SHORT])])
-    assert (tmp_path / "test" / "metrics.json").exists()
+    shutil.copytree(data, tmp_path / "data")  # it is given candidate sets
+    argv = [*map(str, ["--model", checkpoints["qwen2_5_vl"], "--data", tmp_path / "data", "--adapter", out, "--neighbors", "20", "--similarity", "true", *toy.SHORT])]
+    evaluate.main([*argv, "--out", str(tmp_path / "one")])
+    assert together(5, lambda: evaluate.main([*argv, "--out", str(tmp_path / "five"), "--shard", "true"])) == [0] * 5
+    one, five = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "five"))
+    for kind in ("random", "hard"):
+        assert one["sets"][kind]["users"] == five["sets"][kind]["users"]
+        scores = [np.array(report["sets"][kind]["scores"][str(out)]) for report in (one, five)]
+        assert np.abs(scores[0] - scores[1]).max() < NUMBERS and np.ptp(scores[0]) > 1
+    assert np.abs(np.array(one["similarity"][str(out)]["after"]) - five["similarity"][str(out)]["after"]).max() < NUMBERS
+
+
+def test_torchrun_evaluates_and_trains_brmrs(data, checkpoints, tmp_path):
+    """As a user starts them; rank 0 alone writes and speaks. More ranks than users; a batch of 179 pairs, and one of a single pair."""
+    shutil.copytree(data, tmp_path / "data")
+    argv = ["--model", checkpoints["qwen2_5_vl"], "--data", tmp_path / "data", "--users-to", "0.1", *toy.SHORT]
+    code, out, err = torchrun(4, "evaluate.py", *argv, "--sets", "random", "--out", tmp_path / "test")
+    assert code == 0 and out.count("random candidates") == 1, err
+    assert len(json.loads((tmp_path / "test" / "metrics.json").read_text())["sets"]["random"]["users"]) == 2
+    write_folder(tmp_path / "ranking")
+    code, out, err = torchrun(2, "train_brmrs.py", "--data", tmp_path / "ranking", "--out", tmp_path / "brmrs", "--epochs", "2", "--batch", "179", "--dim", "8")
+    assert code == 0 and out.count("best epoch") == 1 and (tmp_path / "brmrs" / "metrics.json").exists(), err
