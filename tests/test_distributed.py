@@ -118,10 +118,12 @@ def test_each_rank_has_noise_of_its_own_unless_told_otherwise(train):
     assert apart(*first) == (0, 0)  # a single process has one stream
 
 
-def test_a_killed_rank_ends_the_run_which_goes_on_bit_by_bit(data, checkpoints, tmp_path):
-    """With dropout, so that the streams of both ranks have to be put back; then on another number of ranks, which is refused."""
+@pytest.mark.parametrize("script,flags", [(train_sft, []), (train_dpo, ["--sigma", "0.01", "--shard", "true"])])
+def test_a_killed_rank_ends_the_run_which_goes_on_bit_by_bit(script, flags, data, checkpoints, sft, tmp_path):
+    """With dropout and noise, so that the streams of both ranks have to be put back; on another number of ranks it is refused."""
     def command(out):
-        return [*map(str, ["--model", checkpoints["qwen2_5_vl"], "--data", data, "--out", tmp_path / out, *toy.SHORT, *toy.STEPS, "--epochs", "2", "--save-every", "1"])]
+        argv = ["--model", checkpoints["qwen2_5_vl"], "--data", data, "--out", tmp_path / out, *toy.SHORT, *toy.STEPS, "--epochs", "2", "--save-every", "1", *flags]
+        return [*map(str, [*argv, *(["--sft", sft] if script is train_dpo else [])])]
 
     def killed():
         def check(total, norm, step, users):
@@ -129,14 +131,15 @@ def test_a_killed_rank_ends_the_run_which_goes_on_bit_by_bit(data, checkpoints, 
                 os.kill(os.getpid(), signal.SIGKILL)
             check_finite(total, norm, step, users)
 
-        train_sft.check_finite = check
-        train_sft.main(command("killed"))
+        script.check_finite = check
+        script.main(command("killed"))
 
-    assert together(2, lambda: train_sft.main(command("whole"))) == [0, 0]
+    assert together(2, lambda: script.main(command("whole"))) == [0, 0]
     assert together(2, killed) == [1, -signal.SIGKILL]
+    assert list((tmp_path / "killed").glob("checkpoint-*"))
     with pytest.raises(InputError, match="2 processes, this one has 1.*--nproc-per-node 2"):
-        train_sft.main(command("killed"))
-    assert together(2, lambda: train_sft.main(command("killed"))) == [0, 0]
+        script.main(command("killed"))
+    assert together(2, lambda: script.main(command("killed"))) == [0, 0]
     assert toy.furthest(tmp_path / "whole", tmp_path / "killed") == 0
     assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "killed" / "log.jsonl").read_text()
 
