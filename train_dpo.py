@@ -18,7 +18,7 @@ from tqdm import tqdm
 from hanorec.backbone import load_backbone, usable_device
 from hanorec.checkpoint import drop_checkpoints, generators, load_checkpoint, open_run, save_checkpoint
 from hanorec.config import DataConfig, DpoConfig, ModelConfig, TrainConfig, parse
-from hanorec.distributed import from_rank_0, join, own_seed, own_stream, rank, sum_gradients
+from hanorec.distributed import from_each, from_rank_0, join, own_seed, own_stream, rank, sum_gradients
 from hanorec.errors import InputError, run
 from hanorec.files import write_text
 from hanorec.hars import RunningReward, cluster_gap, hardness, misassigned, pair_beta, responsiveness, reward_gap
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not live:
         path = out / "reference.safetensors" if dpo.reference == "once" else Path(dpo.reference)
         depends = {**inputs, "dtype": str(policy.dtype), "prompt": prompt_settings(model_config, data), "rows": rows_hash(rows, source.pictures)}
-        known = dpo.reference != "once" or path.exists()
+        known = dpo.reference != "once" or from_each(path.exists)[0]  # as rank 0 sees it
         reference = load_reference(path, depends).to(device) if known else None
         write_run(out, configs, inputs, **facts)
         if reference is None:

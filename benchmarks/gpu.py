@@ -10,18 +10,19 @@ Sizes: 2B, 3B, 7B (Qwen2-VL-2B, Qwen2.5-VL-3B, -7B), and tiny for a CPU. The dat
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from sizes import MICRO, MODELS, in_layers
+from sizes import MICRO, MODELS, activations, in_layers
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen2VLImageProcessor
 
 from hanorec import demo
 from hanorec.datasets.posterland import make_posterland, words
-from hanorec.distributed import rank, ranks
-from hanorec.files import claim_folder, write_json
+from hanorec.distributed import ranks
+from hanorec.files import claim_folder, read_object, write_json
 from hanorec.tiny import make_checkpoint
 
 SHAPES = {"2B": ("Qwen2-VL-2B", 12, 151_936), "3B": ("Qwen2.5-VL-3B", 16, 151_936), "7B": ("Qwen2.5-VL-7B", 28, 152_064)}  # published name, heads, vocabulary
@@ -79,22 +80,27 @@ def measure(script: Any, argv: list[str]) -> tuple[float, float, int]:
 
 def run(model: Path, out: Path, flags: list[str]) -> None:
     facts, data = json.loads((model / "shape.json").read_text()), out / "data"
-    if int(os.environ.get("RANK", "0")) == 0 and not data.exists():
+    speaks = int(os.environ.get("RANK", "0")) == 0  # the scripts, which join the ranks, have yet to start
+    if speaks and not (data / "dataset.json").exists():
+        shutil.rmtree(data, ignore_errors=True)
         make_posterland(data, users=STEPS * MICRO * 2)
     while not (data / "dataset.json").exists():  # written last
         time.sleep(0.1)
     shape = (facts["layers"], facts["width"], facts["kv"], facts["mlp"])
-    token = 2 * (6 * facts["width"] + 4 * facts["mlp"])
     common = ["--model", str(model), "--data", str(data), *FLAGS, *flags]
-    print("stage | processes | s a step | tokens a second | TFLOP/s, forwards and backwards | peak memory, GB | weights + activations by the README's arithmetic, GB")
-    print("---|" * 6 + "---")
+    if speaks:
+        print("stage | processes | s a step | tokens a second | TFLOP/s, forwards and backwards | peak memory, GB | weights + activations by the README's arithmetic, GB\n"
+              + "---|" * 6 + "---", flush=True)
     for stage, passes in (("train_sft", 4), ("train_dpo", 6)):
         seconds, peak, tokens = measure(demo.script(stage), [*common, "--out", str(out / stage)])
+        settings = read_object(out / stage / "run.json")["settings"]
         weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        activations = MICRO * tokens / (MICRO * 2) * facts["layers"] * token
-        if rank() == 0:
+        weights -= 2 * in_layers(*shape) * (1 - 1 / ranks()) if settings["shard"] else 0
+        rows = min(MICRO, -(-MICRO * 2 // ranks()))  # of this process, in a micro-batch
+        kept = rows * tokens / (MICRO * 2) * activations(facts["layers"], facts["width"], facts["mlp"], settings["checkpointing"])
+        if speaks:
             print(f"{stage} | {ranks()} | {seconds:.2f} | {tokens / seconds:,.0f} | {passes * in_layers(*shape) * tokens / seconds / 1e12:.4g} | {peak / 1e9:.1f} | "
-                  f"{weights / 1e9:.1f} + {activations / 1e9:.1f}", flush=True)
+                  f"{weights / 1e9:.1f} + {kept / 1e9:.1f}", flush=True)
 
 
 def main() -> None:

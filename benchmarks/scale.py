@@ -8,7 +8,8 @@ from sizes import EPOCHS, MODELS, PATCHES, TARGETS, T, hours, in_layers
 
 MODELS = {"7B": MODELS["Qwen2.5-VL-7B"], "72B": (73.4e9, 0.70e9, 80, 8192, 1024, 29568)}  # Qwen2.5-VL's published shapes
 WORLDS = {"MicroLens": (25_411, 41_081), "1 M users, 1 M items": (1e6, 1e6), "1 B users, 100 M items": (1e9, 1e8)}
-IMAGE_TOKENS, K, HISTORY, BRMRS_WIDTH, CANDIDATES = 64, 10, 100, 64, 10
+IMAGE_TOKENS, K, HISTORY, BRMRS_WIDTH = 64, 10, 100, 64
+TOKEN = 44  # bytes: three positions as int64, a place in a list, and an integer of its own for the third of the tokens that are text
 RANK, LINK = 8, 50e9  # LoRA r; bytes a second between GPUs that do not share a box (400 Gbit/s)
 
 
@@ -29,11 +30,11 @@ def main() -> None:
     print("| | " + " | ".join(f"{w}, {m}" for w in WORLDS for m in MODELS) + " |\n" + "|---" * (1 + len(WORLDS) * len(MODELS)) + "|")
     stored = {
         "image features, 64 tokens an image (file)": lambda u, n, d: n * IMAGE_TOKENS * d * 2,
-        "e, N x d float32 (every rank)": lambda u, n, d: n * d * 4,
+        "e, N x d float32 (every rank; 5 times that while H and X are fused, in the host's memory)": lambda u, n, d: n * d * 4,
         "neighbours, N x K (every rank)": lambda u, n, d: n * K * 12,
         "interactions, 100 a user (every rank, as Python lists of 8 bytes)": lambda u, n, d: u * HISTORY * 8,
-        "training rows, T tokens of 8 bytes, 3 a user (every rank)": lambda u, n, d: u * TARGETS * T * 8,
-        "candidate sets, 10 ids of 10 bytes (JSON, at most 1.07 GB)": lambda u, n, d: u * CANDIDATES * 10,
+        "training rows, T tokens of 44 bytes, 3 a user (every rank)": lambda u, n, d: u * TARGETS * T * TOKEN,
+        "candidate sets, 10 ids of 10 bytes, 190 in JSON (at most 1.07 GB)": lambda u, n, d: u * 190,
         "BR-MRS: tables of two modalities, Adam, best copy (every rank)": lambda u, n, d: (u + n) * 2 * BRMRS_WIDTH * 4 * 4,
     }
     for name, need in stored.items():

@@ -27,6 +27,12 @@ def in_layers(layers: int, width: int, kv: int, mlp: int) -> float:
     return layers * (2 * width * width + 2 * width * kv + 3 * width * mlp)
 
 
+def activations(layers: int, width: int, mlp: int, checkpointed: bool = False) -> int:
+    """Bytes of one token."""
+    layer = 2 * (6 * width + 4 * mlp)
+    return 2 * width * layers + layer if checkpointed else layers * layer
+
+
 def hours(flops: float) -> float:
     return flops / (GPU * SHARE) / 3600
 
@@ -37,8 +43,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for name, (total, _, layers, width, kv, mlp) in MODELS.items():
         adapter = layers * RANK * (2 * 2 * width + 2 * (width + kv) + 3 * (width + mlp))
-        token = 2 * (6 * width + 4 * mlp)
-        full, checkpointed = MICRO * T * layers * token, MICRO * T * (2 * width * layers + token)
+        full, checkpointed = (MICRO * T * activations(layers, width, mlp, on) for on in (False, True))
         unit = in_layers(layers, width, kv, mlp) * T * rows
         print(f"| {name} | {2 * total / 1e9:.1f} GB | {16 * adapter / 1e9:.2f} GB ({adapter / 1e6:.1f} M) | {full / 1e9:.0f} GB | "
               f"{checkpointed / 1e9:.1f} GB | {hours(4 * unit):.1f} h | {hours((6 + 2 / EPOCHS) * unit):.1f} h |")

@@ -112,6 +112,7 @@ def load_checkpoint(out: Path, weights: Sequence[Tensor], optimizer: torch.optim
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if rank() == 0 and log.exists():
         os.truncate(log, log_bytes)
+    wait_for_all()  # a run that has no step left would go on to `drop_checkpoints` while another still reads
     return step, facts
 
 

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 4 train_dpo.py ...
 
 All ranks run the same script on the same data. What is divided is divided by `share`: n things in rank order, each once, whatever n and
-the number of ranks. What belongs together again is put together by `gathered` (concatenation) or `summed` (a sum). Rank 0 alone writes
-files and speaks.
+the number of ranks. What belongs together again is put together by `gathered` (concatenation) or `summed` (a sum). Rank 0 alone speaks
+and writes files, but for the feature file, of which each writes its part.
 """
 
 import os
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from hanorec.errors import InputError
 
-PATIENCE = timedelta(hours=2)  # while rank 0 reads a base of 100 GB, say; that a process died is noticed by torchrun, at once
+PATIENCE = timedelta(days=7)  # while rank 0 waits for another run's feature file, say; that a process died is noticed by torchrun, at once
 
 
 def join(device: torch.device) -> None:
@@ -108,7 +108,8 @@ def whole(weight: Tensor) -> Tensor:
 
 
 def from_each(work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`work(*arguments)` of every rank, on every rank, in order. Where it raises on one, that error is raised on all: none waits for ever."""
+    """`work(*arguments)` of every rank, on every rank, in order. Where it raises bad input or a failing disk on
+    one (ValueError, OSError), that error is raised on all: none waits for ever. Of other errors torchrun ends all."""
     if ranks() == 1:
         return [work(*arguments)]
     try:

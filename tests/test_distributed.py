@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from functools import cache
 
 import numpy as np
@@ -142,6 +143,31 @@ def test_a_killed_rank_ends_the_run_which_goes_on_bit_by_bit(script, flags, data
     assert together(2, lambda: script.main(command("killed"))) == [0, 0]
     assert toy.furthest(tmp_path / "whole", tmp_path / "killed") == 0
     assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "killed" / "log.jsonl").read_text()
+
+
+def test_a_run_stopped_after_its_last_step_waits_for_its_slowest_rank(data, checkpoints, tmp_path):
+    """Rank 0 has nothing left to do but write the adapter and delete the checkpoint that the other is about to read."""
+    argv = [*map(str, ["--model", checkpoints["qwen2_5_vl"], "--data", data, "--out", tmp_path / "out", *toy.SHORT, *toy.STEPS, "--save-every", "1"])]
+
+    def stopped():
+        train_sft.save_policy = lambda *arguments, **named: os._exit(3)
+        train_sft.main(argv)
+
+    def late():
+        load = train_sft.load_checkpoint
+
+        def slow(*arguments):
+            time.sleep(2 * rank())
+            done, facts = load(*arguments)
+            assert done > 0
+            return done, facts
+
+        train_sft.load_checkpoint = slow
+        train_sft.main(argv)
+
+    assert together(2, stopped) == [3, 3]
+    assert together(2, late) == [0, 0]
+    assert (tmp_path / "out" / "adapter_config.json").exists() and not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_torchrun_trains_and_speaks_with_one_voice(data, checkpoints, tmp_path):
