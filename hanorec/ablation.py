@@ -100,16 +100,23 @@ def run_rows(here: Path, model: str, data: str, seed: int, flags: Mapping[str, S
     """Base, SFT and all rows with one seed on one data set: row -> `run_row`. flags: of "sft", "dpo", "continued" and "test"."""
     common = ["--model", model, "--data", data]
     training, test = [*common, "--seed", str(seed)], [*common, *flags["test"]]
-    found = {"base": run_row(here, "base", "", [], test), "SFT": run_row(here, "SFT", "train_sft", [*training, *flags["sft"]], test)}
+    plan: dict[str, tuple[str, list[str]]] = {"base": ("", []), "SFT": ("train_sft", [*training, *flags["sft"]])}
     for row, (script, own) in rows.items():
-        print(f"\n{here}: {row}")
         stage = [*(flags["dpo"] if script == "train_dpo" else flags["continued"]), *own, "--sft", str(here / "SFT")]
         if script == "train_dpo" and row != CONTROL:  # the same pairs, so the same reference; it is refused where they are not
             stage += ["--reference", str(here / folder_name(CONTROL) / "reference.safetensors")]
-        found[row] = run_row(here, row, script, [*training, *stage], test)
-    if other := [row for row, one in found.items() if one["evaluated_on"] != found["base"]["evaluated_on"]]:
-        raise InputError(f"{here}: the row {other[0]!r} was evaluated on other data or candidates than the base model, expected the same; the data "
-                         "folder was changed: choose another --out")
+        plan[row] = script, [*training, *stage]
+    for script, stage in plan.values():
+        if script:
+            settings(TRAINING[script], stage)  # a wrong flag of any row ends the command before the first one trains
+    found = {}
+    for row, (script, stage) in plan.items():
+        print(f"\n{here}: {row}")
+        found[row] = run_row(here, row, script, stage, test)
+        for name, value in found["base"]["evaluated_on"].items():
+            if (other := found[row]["evaluated_on"].get(name)) != value:
+                raise InputError(f"{here}: the row {row!r} was evaluated on {name} of hash {other}, expected {value} as for the base model: the data "
+                                 "folder was changed; choose another --out")
     return found
 
 
@@ -192,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--rows: no row {unknown[0]!r}, expected some of {'; '.join(ROWS)}")
     flags = {stage: default if args.data is None else [] for stage, default in POSTERLAND.items()}
     flags |= {stage: shlex.split(own) for stage in flags if (own := getattr(args, stage)) is not None}
+    if any(flag.partition("=")[0] == "--split" for flag in flags["test"]):
+        raise InputError(f"--test {args.test!r}: holds --split, expected the flags of evaluate.py without it; give --split to this command itself")
     flags["test"] = [*flags["test"], "--split", args.split]
     results = {}
     for data in args.data or ["Posterland"]:

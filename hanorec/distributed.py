@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from hanorec.errors import InputError
 
-PATIENCE = timedelta(days=7)  # while rank 0 waits for another run's feature file, say; that a process died is noticed by torchrun, at once
+PATIENCE = timedelta(hours=2)  # while rank 0 reads a base of 100 GB, or waits for another run's feature file; torchrun notices at once that a process died
 
 
 def join(device: torch.device) -> None:
@@ -109,7 +109,7 @@ def whole(weight: Tensor) -> Tensor:
 
 def from_each(work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`work(*arguments)` of every rank, on every rank, in order. Where it raises bad input or a failing disk on
-    one (ValueError, OSError), that error is raised on all: none waits for ever. Of other errors torchrun ends all."""
+    one (ValueError, OSError), that error is raised on all: none waits for ever. Any other error ends its process, and torchrun the rest."""
     if ranks() == 1:
         return [work(*arguments)]
     try:

@@ -118,6 +118,13 @@ def test_a_row_killed_before_its_time_was_written_is_whole(small):
     assert all(one["rows"]["DPO"]["cpu_seconds"] == [None, None] for sets in found.values() for one in sets.values())
 
 
+def test_a_wrong_flag_of_a_later_row_ends_it_before_the_first_trains(tmp_path, data, checkpoints, capsys):
+    argv = ["--out", str(tmp_path / "out"), "--model", str(checkpoints["qwen2_5_vl"]), "--data", str(data), "--dpo", "--beta-0 0.5"]
+    with pytest.raises(SystemExit):
+        ablation.main(argv)
+    assert "--beta-0 0.5" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_other_settings_data_or_rows_are_refused(small):
     """Also those of the evaluation alone: finished rows would be of one kind and new ones of another."""
     out, argv = small
@@ -128,9 +135,11 @@ def test_other_settings_data_or_rows_are_refused(small):
     path = next(out.glob("*/seed-2026/test/SFT/run.json"))
     before = path.read_text()
     path.write_text(before.replace(json.loads(before)["inputs"]["candidates_hard"], "0" * 64))
-    with pytest.raises(InputError, match="'SFT' was evaluated on other data or candidates"):
+    with pytest.raises(InputError, match="'SFT' was evaluated on candidates_hard of hash 0000"):
         ablation.main(argv)
     path.write_text(before)
+    with pytest.raises(InputError, match="holds --split"):
+        ablation.main([*argv, "--test", "--split val"])
     with pytest.raises(InputError, match="no row 'HaNoRek'"):
         ablation.main(["--out", "x", "--rows", "HaNoRek"])
     with pytest.raises(InputError, match="expected both"):
