@@ -19,23 +19,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from hanorec.backbone import Backbone, Picture, load_backbone, usable_device
-from hanorec.candidates import draw_candidates, draw_hard_candidates, load_candidates, save_candidates
-from hanorec.catalog import Catalog, data_hash, load_catalog
-from hanorec.config import DataConfig, EvalConfig, ModelConfig, parse
-from hanorec.distributed import from_each, join, rank, wait_for_all
-from hanorec.errors import InputError, run
-from hanorec.files import claim_folder, sha256, write_json
-from hanorec.interactions import Example, Interactions, heldout_examples, load_interactions, select_users
-from hanorec.items import item_embeddings, neighbors
-from hanorec.lora import attach_policy, remove_adapters
+from hanorec.base.command import run
+from hanorec.base.config import DataConfig, EvalConfig, ModelConfig
+from hanorec.base.distributed import barrier, join, rank, run_on_all_ranks, usable_device
+from hanorec.base.errors import InputError
+from hanorec.base.files import claim_folder, sha256, write_json
+from hanorec.base.settings import parse
+from hanorec.datasets.candidates import (
+    draw_candidates,
+    draw_hard_candidates,
+    load_candidates,
+    save_candidates,
+)
+from hanorec.datasets.catalog import Catalog, data_hash, load_catalog
+from hanorec.datasets.interactions import (
+    Example,
+    Interactions,
+    heldout_examples,
+    load_interactions,
+    select_users,
+)
+from hanorec.lora.files import attach_policy, remove_adapters
 from hanorec.metrics import auc_rows, bootstrap_interval, ndcg_rows, paired_test, pooled_auc, rank_of_positive, similarity_groups
-from hanorec.prompts import Row
-from hanorec.ranking import load_retriever
-from hanorec.rerank import print_report, rerank_report, retrieve
-from hanorec.scoring import score_rows
-from hanorec.tasks import Source, load_pictures, print_missing_images, scoring_rows
-from hanorec.training import compare_settings, print_budget, prompt_settings, write_run
+from hanorec.mllm.backbone import Backbone, ImageFeatures
+from hanorec.mllm.forward import score_rows
+from hanorec.mllm.items import item_embeddings, neighbors
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import Row
+from hanorec.mllm.tasks import PromptBuilder, load_pictures, print_budget, print_missing_images, scoring_rows
+from hanorec.ranking.reranking import print_report, rerank_report, retrieve
+from hanorec.ranking.retriever import load_retriever
+from hanorec.run.record import compare_settings, prompt_settings, write_run
 
 AT = 3  # the document's cut-off
 
@@ -62,7 +76,7 @@ def held_out(data: DataConfig, config: EvalConfig) -> tuple[Catalog, Interaction
     return catalog, interactions, examples, users
 
 
-def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple[Source, dict[str, list[Example]]]:
+def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple[PromptBuilder, dict[str, list[Example]]]:
     """The frozen sets of each kind, drawn now if the data folder has none yet, for the users asked for."""
     catalog, _, examples, users = held_out(data, config)
     pictures, sets = {}, {}
@@ -70,7 +84,7 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
         path = Path(data.data) / f"candidates_{config.split}_{kind}.json"
         facts = {"kind": kind, "neighbors": data.neighbors if kind == "hard" else None, "split": config.split, "seed": config.seed,
                  "negatives": data.candidates - 1, "data_sha256": data_hash(catalog)}
-        missing, near = not from_each(path.exists)[0], None  # as rank 0 sees it, which draws
+        missing, near = not run_on_all_ranks(path.exists)[0], None  # as rank 0 sees it, which draws
         if missing and kind == "hard":
             pictures = load_pictures(backbone, catalog, data)
             near = neighbors(backbone, catalog, pictures, data.neighbors)[2].cpu().numpy()
@@ -80,12 +94,12 @@ def candidate_sets(backbone: Backbone, data: DataConfig, config: EvalConfig) -> 
             else:
                 drawn = draw_hard_candidates(examples, catalog, near, data.candidates - 1, config.seed)
                 save_candidates(path, drawn, catalog, **facts, embedding=f"input embeddings of {backbone.path}")
-        wait_for_all()
+        barrier()
         sets[kind] = [e for e in load_candidates(path, examples, catalog, **facts) if e.user in users]
-    return Source(backbone, catalog, shown_pictures(pictures or load_pictures(backbone, catalog, data), config), data), sets
+    return PromptBuilder(backbone, catalog, shown_pictures(pictures or load_pictures(backbone, catalog, data), config), data), sets
 
 
-def shown_pictures(pictures: dict[int, Picture], config: EvalConfig) -> dict[int, Picture]:
+def shown_pictures(pictures: dict[int, ImageFeatures], config: EvalConfig) -> dict[int, ImageFeatures]:
     """Each item's own picture; --images shuffled: another item's, by a cycle through all owners, so that nobody keeps its own."""
     if config.images == "own":
         return pictures
@@ -93,7 +107,7 @@ def shown_pictures(pictures: dict[int, Picture], config: EvalConfig) -> dict[int
     return {row: pictures[other] for row, other in zip(owners, np.roll(owners, 1).tolist(), strict=True)}
 
 
-def retrieved(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple[Source, list[Example], np.ndarray, float]:
+def retrieved(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple[PromptBuilder, list[Example], np.ndarray, float]:
     """The users asked for with what --retriever finds for them, its places (T, N), and the seconds it took."""
     catalog, interactions, examples, users = held_out(data, config)
     chosen = [e for e in examples if e.user in users]
@@ -101,10 +115,10 @@ def retrieved(backbone: Backbone, data: DataConfig, config: EvalConfig) -> tuple
     had = [interactions.before(e.user, config.split) for e in chosen]
     found, places = retrieve(retriever, catalog, chosen, had, config.top_n, config.seed)
     seconds = time.perf_counter() - start
-    return Source(backbone, catalog, shown_pictures(load_pictures(backbone, catalog, data), config), data), found, places, seconds
+    return PromptBuilder(backbone, catalog, shown_pictures(load_pictures(backbone, catalog, data), config), data), found, places, seconds
 
 
-def rerank(source: Source, examples: list[Example], places: np.ndarray, seconds: float, policies: Sequence[str], config: EvalConfig) -> dict[str, Any]:
+def rerank(source: PromptBuilder, examples: list[Example], places: np.ndarray, seconds: float, policies: Sequence[str], config: EvalConfig) -> dict[str, Any]:
     """The report of `hanorec.rerank`, with what each stage costs a user."""
     rows = scoring_rows(source, examples)
     print_budget(rows, config.batch, source.backbone)
@@ -122,7 +136,7 @@ def rerank(source: Source, examples: list[Example], places: np.ndarray, seconds:
     return report
 
 
-def score(source: Source, rows: list[Row], users: int, batch: int) -> dict[str, np.ndarray]:
+def score(source: PromptBuilder, rows: list[Row], users: int, batch: int) -> dict[str, np.ndarray]:
     """EV-1 for every candidate of every user: {"sum": (U, C), "mean": (U, C)}; binary: log P(Yes) - log P(No). rows: `scoring_rows`."""
     both = score_rows(source.backbone, rows, source.pictures, batch, "users", source.config.plain)  # each (rows, A)
     if source.config.task == "binary":
@@ -150,7 +164,7 @@ def chance(candidates: int) -> dict[str, float]:
     return {f"HR@{AT}": top / candidates, f"NDCG@{AT}": float(ndcg_rows(np.arange(1, candidates + 1), AT).mean()), "AUC": 0.5}
 
 
-def popularity(source: Source, examples: list[Example]) -> np.ndarray:
+def popularity(source: PromptBuilder, examples: list[Example]) -> np.ndarray:
     """Scores (U, C): how often each candidate was chosen in train.tsv."""
     train = load_interactions(source.config.data, source.catalog).train
     count = Counter(row for rows in train.values() for row in rows)
@@ -169,7 +183,7 @@ def print_table(kind: str, rows: dict[str, dict[str, Any]]) -> None:
         print(f"{name:<{width}}" + "".join(f"{t:>26}" for t in text))
 
 
-def recommend(source: Source, examples: list[Example], policies: Sequence[str], config: EvalConfig) -> list[dict[str, Any]]:
+def recommend(source: PromptBuilder, examples: list[Example], policies: Sequence[str], config: EvalConfig) -> list[dict[str, Any]]:
     """The Top-K titles of one user for each policy, from the user's random candidate set, or from what was retrieved; printed and returned."""
     lists = []
     for example in examples:
@@ -189,7 +203,7 @@ def recommend(source: Source, examples: list[Example], policies: Sequence[str], 
     return lists
 
 
-def similarity(source: Source, policies: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+def similarity(source: PromptBuilder, policies: Sequence[str]) -> dict[str, dict[str, list[float]]]:
     """EV-4 for each policy against the bare model, from last hidden states: mean cosine of ten groups of items, weakest first."""
     cosine = {}
     for policy in ["base", *policies]:
@@ -210,7 +224,7 @@ def use_policy(backbone: Backbone, policy: str) -> None:
     backbone.model.eval()
 
 
-def evaluated_hashes(source: Source, config: EvalConfig, sets: Iterable[str], policies: Sequence[str]) -> dict[str, str]:
+def evaluated_hashes(source: PromptBuilder, config: EvalConfig, sets: Iterable[str], policies: Sequence[str]) -> dict[str, str]:
     """What was evaluated on what: the data, the candidate sets, and every policy's adapter."""
     files = {f"candidates_{kind}": Path(source.config.data) / f"candidates_{config.split}_{kind}.json" for kind in sets if kind != "retrieved"}
     if config.retriever is not None:
@@ -219,7 +233,7 @@ def evaluated_hashes(source: Source, config: EvalConfig, sets: Iterable[str], po
     return {"data": data_hash(source.catalog)} | {name: sha256(path) for name, path in files.items()}
 
 
-def compare(source: Source, sets: dict[str, list[Example]], policies: Sequence[str], config: EvalConfig, prompt: dict[str, Any]) -> dict[str, Any]:
+def compare(source: PromptBuilder, sets: dict[str, list[Example]], policies: Sequence[str], config: EvalConfig, prompt: dict[str, Any]) -> dict[str, Any]:
     """The report of every policy on every candidate set, printed and returned. prompt: the settings that its adapter should have seen."""
     if config.similarity and sum(path is not None for path in source.catalog.images) < 10:
         raise InputError(f"--similarity: {source.config.data} has fewer than 10 images, expected at least one for each of the ten groups")

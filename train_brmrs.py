@@ -20,18 +20,19 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from hanorec.backbone import usable_device
-from hanorec.brmrs import NegativeSampler
-from hanorec.brmrs_model import BRMRS, step_loss
-from hanorec.checkpoint import drop_checkpoints, load_checkpoint, open_run, save_checkpoint
-from hanorec.config import BrmrsConfig, BrmrsFiles, parse
+from hanorec.base.command import run
+from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
+from hanorec.base.distributed import join, rank, run_on_all_ranks, share, sum_gradients, usable_device
+from hanorec.base.errors import InputError
+from hanorec.base.files import write_bytes, write_json
+from hanorec.base.settings import parse
+from hanorec.brmrs.model import BRMRS, step_loss
 from hanorec.datasets.mmrec import read_mmrec, write_mmrec
-from hanorec.distributed import from_each, join, rank, share, sum_gradients
-from hanorec.errors import InputError, run
-from hanorec.files import write_bytes, write_json
-from hanorec.ranking import AT, Seen, evaluate
-from hanorec.ranking_data import load_ranking_data
-from hanorec.training import all_settings, append_log, write_run
+from hanorec.ranking.full_ranking import AT, Seen, evaluate
+from hanorec.ranking.pairs import load_ranking_data
+from hanorec.ranking.sampler import NegativeSampler
+from hanorec.run.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
+from hanorec.run.record import all_settings, append_log, open_run, write_run
 
 DATA = "data"  # in OUT: a native folder's pairs and features, as they were when the run began
 
@@ -44,7 +45,7 @@ def train(files: BrmrsFiles, config: BrmrsConfig) -> None:
     device = usable_device(files.device)
     join(device)
     out = open_run(files.out, all_settings([files, config]), "metrics.json")
-    kept = from_each((out / DATA).exists)[0]
+    kept = run_on_all_ranks((out / DATA).exists)[0]
     data = read_mmrec(out / DATA) if kept else load_ranking_data(files)
     users, items = data.train.to(device)  # (E,) each
     n_users, n_items = len(data.users), len(data.items)

@@ -15,37 +15,46 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hanorec.backbone import load_backbone, usable_device
-from hanorec.checkpoint import drop_checkpoints, generators, load_checkpoint, open_run, save_checkpoint
-from hanorec.config import DataConfig, DpoConfig, ModelConfig, TrainConfig, parse
-from hanorec.distributed import from_each, from_rank_0, join, own_seed, own_stream, rank, sum_gradients
-from hanorec.errors import InputError, run
-from hanorec.files import write_text
+from hanorec.base.batches import gather_batch, global_batches, micro_batches
+from hanorec.base.command import run
+from hanorec.base.config import DataConfig, DpoConfig, ModelConfig, TrainConfig
+from hanorec.base.distributed import (
+    broadcast,
+    join,
+    own_seed,
+    own_stream,
+    rank,
+    run_on_all_ranks,
+    sum_gradients,
+    usable_device,
+)
+from hanorec.base.errors import InputError
+from hanorec.base.files import write_text
+from hanorec.base.settings import parse
 from hanorec.hars import RunningReward, cluster_gap, hardness, misassigned, pair_beta, responsiveness, reward_gap
-from hanorec.items import neighbors
-from hanorec.lora import adapters_off, add_lora, attach_policy, lora_noise, save_policy
+from hanorec.lora.files import attach_policy, save_policy
+from hanorec.lora.layer import adapters_off, add_lora, lora_noise
 from hanorec.losses import dpo_loss, kl_divergence, preference_logit
-from hanorec.prompts import collate
-from hanorec.reference import load_reference, rows_hash, save_reference
-from hanorec.scoring import answer_log_probs, answer_logits, forward, score_rows
-from hanorec.sharding import set_tower_aside
-from hanorec.tasks import Preference, load_examples, preferences
-from hanorec.training import (
+from hanorec.mllm.backbone import use_checkpointing
+from hanorec.mllm.forward import autocast, forward, score_rows
+from hanorec.mllm.items import neighbors
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import collate
+from hanorec.mllm.sharding import set_tower_aside
+from hanorec.mllm.tasks import Preference, load_examples, preferences, print_budget
+from hanorec.run.checkpoint import drop_checkpoints, generators, load_checkpoint, save_checkpoint
+from hanorec.run.record import (
     all_settings,
     append_log,
-    autocast,
-    check_finite,
     compare_settings,
-    cosine,
-    global_batches,
     input_hashes,
-    of_all,
-    own_parts,
-    print_budget,
+    open_run,
     prompt_settings,
-    use_checkpointing,
     write_run,
 )
+from hanorec.run.reference import load_reference, rows_hash, save_reference
+from hanorec.run.run import check_finite, cosine
+from hanorec.scoring import answer_log_probs, answer_logits
 
 
 def pair_logits(log_probs: Tensor, reference: Tensor) -> Tensor:
@@ -97,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if train.checkpointing:
         use_checkpointing(backbone)
     trained = [weight for layer in layers for weight in (layer.A, layer.B)]
-    from_rank_0(trained)
+    broadcast(trained)
     own_stream(train.seed)
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=0.0)
     noise = torch.Generator(device).manual_seed(train.seed if dpo.noise_ranks == "same" else own_seed(train.seed))
@@ -112,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not live:
         path = out / "reference.safetensors" if dpo.reference == "once" else Path(dpo.reference)
         depends = {**inputs, "dtype": str(policy.dtype), "prompt": prompt_settings(model_config, data), "rows": rows_hash(rows, source.pictures)}
-        known = dpo.reference != "once" or from_each(path.exists)[0]  # as rank 0 sees it
+        known = dpo.reference != "once" or run_on_all_ranks(path.exists)[0]  # as rank 0 sees it
         reference = load_reference(path, depends).to(device) if known else None
         write_run(out, configs, inputs, **facts)
         if reference is None:
@@ -132,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for step, (epoch, batch) in tqdm(list(enumerate(plan))[done:], dpo.ablation, initial=done, total=len(plan), disable=None):
         rate = train.learning_rate * cosine(step, len(plan))
         optimizer.param_groups[0]["lr"] = rate
-        parts = own_parts(batch, train.micro_batch)
+        parts = micro_batches(batch, train.micro_batch)
         micros = [collate(backbone, [rows[i] for i in part], source.pictures, packed=not data.plain) for part, _ in parts]
 
         # Reference, and clean policy for the reward gaps; no gradient, no noise, no dropout.
@@ -147,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 # In the first step the policy is the reference: a gap would be what two forwards round differently.
                 clean = [answer_log_probs(forward(backbone, micro), micro) for micro in micros] if step else ref
                 gaps = [reward_gap(pair_logits(policy_part, ref_part), dpo.beta0) for policy_part, ref_part in zip(clean, ref, strict=True)]
-                R = of_all(gaps, len(batch)).flatten()  # (B n,): eta is one number for the global batch
+                R = gather_batch(gaps, len(batch)).flatten()  # (B n,): eta is one number for the global batch
                 mean_std = running.update(R) if dpo.eta == "ema" else (None, None)
                 eta = responsiveness(R, dpo.trim, *mean_std)
                 beta = pair_beta(lam, eta, dpo.beta0)  # (prompts, n)
@@ -182,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        h, rewards, beta = of_all(h, len(batch)), of_all(rewards, len(batch)), beta[batch]
+        h, rewards, beta = gather_batch(h, len(batch)), gather_batch(rewards, len(batch)), beta[batch]
         append_log(out / "log.jsonl", {
             "step": step, "epoch": epoch, "loss": losses, "accuracy": (h > 0).float().mean().item(),
             "chosen_reward": rewards[:, 0].mean().item(), "rejected_reward": rewards[:, 1:].mean().item(),

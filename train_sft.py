@@ -11,32 +11,31 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from hanorec.backbone import load_backbone, usable_device
-from hanorec.checkpoint import drop_checkpoints, generators, load_checkpoint, open_run, save_checkpoint
-from hanorec.config import DataConfig, ModelConfig, TrainConfig, parse
-from hanorec.distributed import from_rank_0, join, own_stream, sum_gradients
-from hanorec.errors import run
-from hanorec.lora import add_lora, attach_policy, save_policy
+from hanorec.base.batches import global_batches, micro_batches
+from hanorec.base.command import run
+from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
+from hanorec.base.distributed import broadcast, join, own_stream, sum_gradients, usable_device
+from hanorec.base.settings import parse
+from hanorec.lora.files import attach_policy, save_policy
+from hanorec.lora.layer import add_lora
 from hanorec.losses import sft_loss
-from hanorec.prompts import collate
-from hanorec.scoring import forward
-from hanorec.sharding import set_tower_aside
-from hanorec.tasks import load_examples, sft_rows
-from hanorec.training import (
+from hanorec.mllm.backbone import use_checkpointing
+from hanorec.mllm.forward import autocast, forward
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import collate
+from hanorec.mllm.sharding import set_tower_aside
+from hanorec.mllm.tasks import load_examples, print_budget, sft_rows
+from hanorec.run.checkpoint import drop_checkpoints, generators, load_checkpoint, save_checkpoint
+from hanorec.run.record import (
     all_settings,
     append_log,
-    autocast,
-    check_finite,
     compare_settings,
-    cosine,
-    global_batches,
     input_hashes,
-    own_parts,
-    print_budget,
+    open_run,
     prompt_settings,
-    use_checkpointing,
     write_run,
 )
+from hanorec.run.run import check_finite, cosine
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.checkpointing:
         use_checkpointing(backbone)
     trained = [weight for layer in layers for weight in (layer.A, layer.B)]
-    from_rank_0(trained)
+    broadcast(trained)
     own_stream(config.seed)
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     size = config.micro_batch * config.accumulation
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rate = config.learning_rate * cosine(step, len(plan))
         optimizer.param_groups[0]["lr"] = rate
         tokens, total = sum(len(rows[i].answers[0]) for i in batch), 0.0
-        for part, weight in own_parts(batch, config.micro_batch):
+        for part, weight in micro_batches(batch, config.micro_batch):
             micro = collate(backbone, [rows[i] for i in part], source.pictures)
             with autocast(backbone):
                 logits = forward(backbone, micro)  # (B, L, V)

@@ -31,21 +31,21 @@ from audit_run import (
     train,
 )
 
-from hanorec import demo
-from hanorec.backbone import load_backbone
-from hanorec.brmrs import bpr_loss, synergy_loss
-from hanorec.candidates import draw_candidates
-from hanorec.catalog import load_catalog
-from hanorec.config import DataConfig
-from hanorec.errors import run
+from hanorec.base.command import run
+from hanorec.base.config import DataConfig
+from hanorec.brmrs.losses import bpr_loss, synergy_loss
+from hanorec.datasets.candidates import draw_candidates
+from hanorec.datasets.catalog import load_catalog
+from hanorec.datasets.interactions import heldout_examples, load_interactions
 from hanorec.hars import responsiveness
-from hanorec.interactions import heldout_examples, load_interactions
-from hanorec.items import neighbors
-from hanorec.lora import attach_policy
+from hanorec.lora.files import attach_policy
 from hanorec.metrics import hit_rate, ndcg, rank_of_positive
-from hanorec.prompts import answer_ids
-from hanorec.scoring import score_rows
-from hanorec.tasks import Source, load_pictures, scoring_rows
+from hanorec.mllm.forward import score_rows
+from hanorec.mllm.items import neighbors
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import answer_ids
+from hanorec.mllm.tasks import PromptBuilder, load_pictures, scoring_rows
+from hanorec.studies import stages as demo
 
 # ---- entries 2 and 3: eta ----
 
@@ -150,7 +150,7 @@ def part_length(model: str, data: str, users: int, adapter: str | None) -> None:
     catalog = load_catalog(data)
     config = DataConfig(data=data, candidate_images="on" if catalog.name == "Posterland" else "off")
     examples = draw_candidates(heldout_examples(load_interactions(data, catalog), "test", 5)[-users:], catalog, 9, SEED)
-    source = Source(backbone, catalog, load_pictures(backbone, catalog, config), config)
+    source = PromptBuilder(backbone, catalog, load_pictures(backbone, catalog, config), config)
     sums, means = (x.double().numpy() for x in score_rows(backbone, scoring_rows(source, examples), source.pictures, 2, "users"))
     tokens = np.array([[len(answer_ids(backbone, catalog.titles[row])) for row in e.candidates] for e in examples], float)
     positive = np.array([e.candidates.index(e.target) for e in examples])

@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hanorec import demo
-from hanorec.backbone import Backbone, load_backbone
-from hanorec.config import DataConfig, TrainConfig
+from hanorec.base.config import DataConfig, TrainConfig
+from hanorec.base.files import read_json
 from hanorec.datasets.posterland import make_posterland
-from hanorec.files import read_json
 from hanorec.hars import cluster_gap, hardness, responsiveness, reward_gap
-from hanorec.items import neighbors
-from hanorec.lora import LoRALinear, adapters_off, attach_policy, lora_layers, lora_noise
+from hanorec.lora.files import attach_policy
+from hanorec.lora.layer import LoRALinear, adapters_off, lora_layers, lora_noise
 from hanorec.losses import preference_logit
 from hanorec.metrics import auc_rows, pooled_auc
-from hanorec.prompts import collate
-from hanorec.scoring import answer_log_probs, forward, score_rows
-from hanorec.tasks import Source, load_examples, preferences
-from hanorec.training import use_checkpointing
+from hanorec.mllm.backbone import Backbone, use_checkpointing
+from hanorec.mllm.forward import forward, score_rows
+from hanorec.mllm.items import neighbors
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import collate
+from hanorec.mllm.tasks import PromptBuilder, load_examples, preferences
+from hanorec.scoring import answer_log_probs
+from hanorec.studies import stages as demo
 
 SEED, BETA0 = 2025, 0.1
 DPO_USERS = {"users_from": 0.5, "users_to": 0.667}  # those of demo.DPO
@@ -71,7 +73,7 @@ def train(out: Path) -> None:
             demo.script("evaluate").main([*common, *demo.TEST, *flags, "--out", str(out / name)])
 
 
-def dpo_pairs(out: Path, kind: str = "random") -> tuple[Backbone, Source, list]:
+def dpo_pairs(out: Path, kind: str = "random") -> tuple[Backbone, PromptBuilder, list]:
     """The preference pairs of the run's DPO stages, from its base model."""
     backbone = load_backbone(str(demo.BASE))
     source, examples = load_examples(backbone, DataConfig(data=str(out / "data"), **DPO_USERS), TrainConfig(out="", targets_per_user=1))
@@ -123,7 +125,7 @@ def gaps(backbone: Backbone, rows: list, pictures: dict, reference: Tensor | Non
     return preference_logit(*policy.T, *reference.T)
 
 
-def load_policy(out: Path, stage: str) -> tuple[Backbone, Source, list]:
+def load_policy(out: Path, stage: str) -> tuple[Backbone, PromptBuilder, list]:
     backbone, source, pairs = dpo_pairs(out)
     attach_policy(backbone.model, out / stage)
     backbone.model.eval()

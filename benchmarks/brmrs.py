@@ -19,10 +19,10 @@ import torch
 from measure import interleaved
 from torch import Tensor
 
-from hanorec.brmrs import NegativeSampler
-from hanorec.brmrs_model import BRMRS, rivals, step_loss
-from hanorec.config import BrmrsConfig
-from hanorec.ranking import Seen, evaluate
+from hanorec.base.config_brmrs import BrmrsConfig
+from hanorec.brmrs.model import BRMRS, rivals, step_loss
+from hanorec.ranking.full_ranking import Seen, evaluate
+from hanorec.ranking.sampler import NegativeSampler
 
 SIZES = [(943, 1682, 80_000), (50_000, 60_000, 500_000)]  # users, items, training pairs; the first is MovieLens-100K's
 WIDTHS = {"t": 384, "v": 512}  # a small sentence encoder's and a small image encoder's; wider features make a step slower, not the pool

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hanorec.brmrs_ablation import ROWS, run_row, run_rows
-from hanorec.config import BrmrsConfig, BrmrsFiles
+from hanorec.base.command import run
+from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
+from hanorec.base.files import write_json
 from hanorec.datasets import recbole
+from hanorec.datasets.lines import only_file
 from hanorec.datasets.mmrec import RankingData, write_mmrec
-from hanorec.errors import run
-from hanorec.files import write_json
-from hanorec.lines import only_file
+from hanorec.studies.brmrs_ablation import ROWS, run_row, run_rows
 
 CORE, LEAST_RATING = 5, 4
 WIDTH = 1024  # of the hashed text features

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from measure import status
 
-from hanorec.brmrs import NegativeSampler
+from hanorec.ranking.sampler import NegativeSampler
 
 HISTORY, NEGATIVES, SHORTEST, LONGEST = 5, 9, 5, 20  # items of a prompt's history; candidates but for the target; items of a user
 USERS_PER_SHARD, CHUNK = 100_000, 100_000  # CHUNK: interactions in hand at once

@@ -26,8 +26,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from processes import together
 
-from hanorec import demo
 from hanorec.datasets.posterland import make_posterland
+from hanorec.studies import stages as demo
 
 COMMON = ["--micro-batch", "8", "--accumulation", "2", "--lora-dropout", "0", "--epochs", "1", "--targets-per-user", "1", "--save-every", "1000"]
 KINDS = {"1 process": (1, []), "2 processes": (2, []), "2 processes, --shard": (2, ["--shard", "true"])}

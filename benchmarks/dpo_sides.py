@@ -15,10 +15,11 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils
 
 from hanorec.hars import pair_beta, responsiveness, reward_gap
-from hanorec.lora import LoRALinear, adapters_off, lora_layers, lora_noise
+from hanorec.lora.layer import LoRALinear, adapters_off, lora_layers, lora_noise
 from hanorec.losses import dpo_loss, preference_logit
-from hanorec.prompts import collate
-from hanorec.scoring import answer_log_probs, forward
+from hanorec.mllm.forward import forward
+from hanorec.mllm.prompts import collate
+from hanorec.scoring import answer_log_probs
 
 BETA, RATE, CLIP, RANK = 0.1, 1e-5, 1.0, 8
 LINEARS = "(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

@@ -20,15 +20,16 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hanorec.backbone import Backbone, Picture, hidden_states, image_features, load_backbone, prompt_positions
-from hanorec.catalog import Catalog, load_catalog, read_image
+from hanorec.base.command import run
+from hanorec.datasets.catalog import Catalog, load_catalog, read_image
 from hanorec.datasets.posterland import make_posterland
-from hanorec.errors import run
-from hanorec.features import open_features, stored_pictures, write_index
 from hanorec.hars import mean_pool
-from hanorec.items import BATCH, encode_pictures, item_embeddings
-from hanorec.prompts import text_ids
-from hanorec.tiny import make_checkpoint
+from hanorec.mllm.backbone import Backbone, ImageFeatures, hidden_states, image_features, prompt_positions
+from hanorec.mllm.features import open_features, stored_pictures, write_index
+from hanorec.mllm.items import BATCH, encode_pictures, item_embeddings
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import text_ids
+from hanorec.studies.tiny import make_checkpoint
 
 
 def in_batches(do: Callable[[list], list], things: list, size: int) -> list:
@@ -36,11 +37,11 @@ def in_batches(do: Callable[[list], list], things: list, size: int) -> list:
 
 
 @torch.no_grad()
-def embeddings_one_by_one(backbone: Backbone, catalog: Catalog, pictures: dict[int, Picture], form: str) -> tuple[Tensor, Tensor]:
+def embeddings_one_by_one(backbone: Backbone, catalog: Catalog, pictures: dict[int, ImageFeatures], form: str) -> tuple[Tensor, Tensor]:
     """H and X of HN-1 by a loop over the items."""
     embed = backbone.model.get_input_embeddings()
 
-    def pooled(ids: list[int], picture: Picture | None) -> Tensor:
+    def pooled(ids: list[int], picture: ImageFeatures | None) -> Tensor:
         if form == "input":
             return mean_pool(embed(torch.tensor(ids)) if picture is None else picture.features)
         positions = prompt_positions(backbone, ids, [] if picture is None else [picture.grid])[:, None]
@@ -56,7 +57,7 @@ def sides_of(backbone: Backbone, catalog: Catalog) -> dict[str, dict[str, Callab
     paths, pictures = list(catalog.images), encode_pictures(backbone, catalog, range(len(catalog.ids)))
     images = [read_image(path) for path in paths]
 
-    def features(part: list[Image]) -> list[Picture]:
+    def features(part: list[Image]) -> list[ImageFeatures]:
         return image_features(backbone, part)
 
     def prepare(part: list[Image]) -> list:

@@ -19,11 +19,11 @@ import torch
 from sizes import MICRO, MODELS, activations, in_layers
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen2VLImageProcessor
 
-from hanorec import demo
+from hanorec.base.distributed import world_size
+from hanorec.base.files import claim_folder, read_object, write_json
 from hanorec.datasets.posterland import make_posterland, words
-from hanorec.distributed import ranks
-from hanorec.files import claim_folder, read_object, write_json
-from hanorec.tiny import make_checkpoint
+from hanorec.studies import stages as demo
+from hanorec.studies.tiny import make_checkpoint
 
 SHAPES = {"2B": ("Qwen2-VL-2B", 12, 151_936), "3B": ("Qwen2.5-VL-3B", 16, 151_936), "7B": ("Qwen2.5-VL-7B", 28, 152_064)}  # published name, heads, vocabulary
 STEPS, SKIPPED = 12, 2
@@ -75,7 +75,7 @@ def measure(script: Any, argv: list[str]) -> tuple[float, float, int]:
         torch.cuda.reset_peak_memory_stats()
     script.main(argv)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return (times[-1] - times[SKIPPED - 1]) / (len(times) - SKIPPED), peak, tokens[0] // len(times) * ranks()
+    return (times[-1] - times[SKIPPED - 1]) / (len(times) - SKIPPED), peak, tokens[0] // len(times) * world_size()
 
 
 def run(model: Path, out: Path, flags: list[str]) -> None:
@@ -95,11 +95,11 @@ def run(model: Path, out: Path, flags: list[str]) -> None:
         seconds, peak, tokens = measure(demo.script(stage), [*common, "--out", str(out / stage)])
         settings = read_object(out / stage / "run.json")["settings"]
         weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        weights -= 2 * in_layers(*shape) * (1 - 1 / ranks()) if settings["shard"] else 0
-        rows = min(MICRO, -(-MICRO * 2 // ranks()))  # of this process, in a micro-batch
+        weights -= 2 * in_layers(*shape) * (1 - 1 / world_size()) if settings["shard"] else 0
+        rows = min(MICRO, -(-MICRO * 2 // world_size()))  # of this process, in a micro-batch
         kept = rows * tokens / (MICRO * 2) * activations(facts["layers"], facts["width"], facts["mlp"], settings["checkpointing"])
         if speaks:
-            print(f"{stage} | {ranks()} | {seconds:.2f} | {tokens / seconds:,.0f} | {passes * in_layers(*shape) * tokens / seconds / 1e12:.4g} | {peak / 1e9:.1f} | "
+            print(f"{stage} | {world_size()} | {seconds:.2f} | {tokens / seconds:,.0f} | {passes * in_layers(*shape) * tokens / seconds / 1e12:.4g} | {peak / 1e9:.1f} | "
                   f"{weights / 1e9:.1f} + {kept / 1e9:.1f}", flush=True)
 
 

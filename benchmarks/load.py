@@ -20,9 +20,14 @@ from typing import Any
 import numpy as np
 from measure import status
 
-from hanorec.candidates import draw_candidates, load_candidates, save_candidates
-from hanorec.catalog import load_catalog
-from hanorec.interactions import heldout_examples, load_interactions, select_users, training_examples
+from hanorec.datasets.candidates import draw_candidates, load_candidates, save_candidates
+from hanorec.datasets.catalog import load_catalog
+from hanorec.datasets.interactions import (
+    heldout_examples,
+    load_interactions,
+    select_users,
+    training_examples,
+)
 
 
 def generate(folder: Path, items: int, users: int) -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hanorec.lora import LoRALinear, lora_noise
+from hanorec.lora.layer import LoRALinear, lora_noise
 
 
 def main() -> None:

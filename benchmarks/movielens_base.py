@@ -14,17 +14,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from hanorec.backbone import load_backbone
-from hanorec.catalog import load_catalog
-from hanorec.config import DataConfig, TrainConfig
-from hanorec.errors import run
-from hanorec.files import claim_folder
+from hanorec.base.batches import global_batches
+from hanorec.base.command import run
+from hanorec.base.config import DataConfig, TrainConfig
+from hanorec.base.files import claim_folder
+from hanorec.datasets.catalog import load_catalog
 from hanorec.losses import sft_loss
-from hanorec.prompts import collate
-from hanorec.scoring import forward
-from hanorec.tasks import load_examples
-from hanorec.tiny import make_checkpoint
-from hanorec.training import cosine, global_batches
+from hanorec.mllm.forward import forward
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import collate
+from hanorec.mllm.tasks import load_examples
+from hanorec.run.run import cosine
+from hanorec.studies.tiny import make_checkpoint
 
 WIDTH, LAYERS, VOCABULARY, BATCH, RATE = 64, 3, 4096, 32, 3e-3
 

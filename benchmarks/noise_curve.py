@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from smollm2_llava import PASSAGE, text_nll
 
-from hanorec.backbone import load_backbone
-from hanorec.errors import run
-from hanorec.files import write_json
-from hanorec.lora import LoRALinear, add_lora, lora_layers, lora_noise, rms
+from hanorec.base.command import run
+from hanorec.base.files import write_json
+from hanorec.lora.layer import LoRALinear, add_lora, lora_layers, lora_noise, rms
+from hanorec.mllm.load import load_backbone
 
 TARGETS = {"all": None, "qv": ("q_proj", "v_proj")}
 

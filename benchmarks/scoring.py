@@ -16,8 +16,9 @@ from measure import agree, begin, gemm_rate, interleaved, measure_memory, peak_m
 from torch import Tensor
 from toys import Work, examples, forward_flops, load, model
 
-from hanorec.prompts import collate
-from hanorec.scoring import answer_log_probs, forward
+from hanorec.mllm.forward import forward
+from hanorec.mllm.prompts import collate
+from hanorec.scoring import answer_log_probs
 
 LENGTHS = [5, 7, 8, 10, 12, 13, 15, 17, 18, 20]
 

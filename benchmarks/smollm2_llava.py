@@ -35,12 +35,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hanorec.backbone import Backbone, hidden_states, load_backbone, prompt_positions
-from hanorec.errors import InputError, run
-from hanorec.files import claim_folder
-from hanorec.lora import rms
+from hanorec.base.command import run
+from hanorec.base.errors import InputError
+from hanorec.base.files import claim_folder
+from hanorec.lora.layer import rms
 from hanorec.losses import token_log_probs
-from hanorec.prompts import text_ids, turn
+from hanorec.mllm.backbone import Backbone, hidden_states, prompt_positions
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import text_ids, turn
 
 IMAGE, PATCH = 56, 14  # 16 patches; a portrait cover costs 28 tokens with --max-pixels 3136 (one tile), else 46 (two)
 TILES = [[IMAGE, IMAGE], [IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]]

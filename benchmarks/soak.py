@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hanorec.base.command import run
+from hanorec.base.files import claim_folder
 from hanorec.datasets.posterland import make_posterland
-from hanorec.demo import BASE, script
-from hanorec.errors import run
-from hanorec.files import claim_folder
+from hanorec.studies.stages import BASE, script
 
 PAGE, WARM = 4096, 20
 

@@ -22,9 +22,15 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from hanorec.backbone import Backbone, Picture, image_features, prompt_positions, use_segment_attention
-from hanorec.lora import LoRALinear, add_lora
-from hanorec.prompts import Row
+from hanorec.lora.layer import LoRALinear, add_lora
+from hanorec.mllm.backbone import (
+    Backbone,
+    ImageFeatures,
+    image_features,
+    prompt_positions,
+    use_segment_attention,
+)
+from hanorec.mllm.prompts import Row
 
 SPECIAL = ["<pad>", "<eos>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 EDGE, IMAGES = 224, 5  # pixels; 64 tokens an image
@@ -112,13 +118,13 @@ def examples(work: Work, lengths: list[int] | None = None) -> list[Example]:
     return made
 
 
-def encode(backbone: Backbone, made: list[Example]) -> dict[int, Picture]:
+def encode(backbone: Backbone, made: list[Example]) -> dict[int, ImageFeatures]:
     """Features of every image, numbered through, a prompt's images in one batch."""
     found = [picture for example in made if example.images for picture in image_features(backbone, example.images)]
     return dict(enumerate(found))
 
 
-def load(work: Work, made: list[Example], device: str) -> tuple[Backbone, list[Row], dict[int, Picture]]:
+def load(work: Work, made: list[Example], device: str) -> tuple[Backbone, list[Row], dict[int, ImageFeatures]]:
     """hanorec's side: the backbone, the rows that share one prompt among their answers, and every image's features, computed once."""
     loaded = model(work).requires_grad_(False).to(device).eval()
     use_segment_attention(loaded)

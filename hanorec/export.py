@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
-from hanorec.backbone import Backbone, load_backbone
-from hanorec.errors import run
-from hanorec.files import claim_folder
-from hanorec.lora import LoRALinear, attach_adapter, attach_policy, lora_layers, replace_module, save_adapter
-from hanorec.training import write_run
+from hanorec.base.command import run
+from hanorec.base.files import claim_folder
+from hanorec.lora.files import attach_adapter, attach_policy, replace_module, save_adapter
+from hanorec.lora.layer import LoRALinear, lora_layers
+from hanorec.mllm.backbone import Backbone
+from hanorec.mllm.load import load_backbone
+from hanorec.run.record import write_run
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hanorec.errors import InputError
+from hanorec.base.errors import InputError
 
 
 def mean_pool(vectors: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ U = users, C = candidates. Numbers here are small, so all of it is float64 NumPy
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hanorec.errors import InputError
+from hanorec.base.errors import InputError
 
 
 def rank_of_positive(scores: ArrayLike, positive: ArrayLike) -> np.ndarray:

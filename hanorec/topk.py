@@ -10,7 +10,7 @@ Half the products of a full matrix, and a few blocks of memory instead of one.
 import torch
 from torch import Tensor
 
-from hanorec.errors import InputError
+from hanorec.base.errors import InputError
 
 # Rows of a block. 992 is a multiple of 32, as the matrix product likes it, and no power of two: with a stride of 1024 numbers the entries
 # of a column share a few cache lines, and reading the block by columns takes five times as long. A GPU needs more work a launch.

@@ -13,11 +13,12 @@ import pytest
 import toy
 from PIL import Image
 
-from hanorec.backbone import FAMILIES, load_backbone
-from hanorec.catalog import load_catalog
+from hanorec.datasets.catalog import load_catalog
 from hanorec.datasets.posterland import make_posterland
-from hanorec.items import encode_pictures
-from hanorec.tiny import make_checkpoint
+from hanorec.mllm.backbone import FAMILIES
+from hanorec.mllm.items import encode_pictures
+from hanorec.mllm.load import load_backbone
+from hanorec.studies.tiny import make_checkpoint
 
 QWEN_PIXELS = {"shortest_edge": 32 * 32, "longest_edge": 80 * 80}  # a poster is then 2 x 2 tokens, not 1
 

@@ -9,10 +9,11 @@ import pytest
 import toy
 from PIL import Image
 
-from hanorec import ablation, plots
-from hanorec.config import DataConfig, DpoConfig, ModelConfig, TrainConfig, parse
-from hanorec.errors import InputError
+from hanorec.base.config import DataConfig, DpoConfig, ModelConfig, TrainConfig
+from hanorec.base.errors import InputError
+from hanorec.base.settings import parse
 from hanorec.metrics import bootstrap_interval
+from hanorec.studies import ablation, plots
 
 ROWS = "DPO; λ standardised, reversed; SFT continued"
 

@@ -19,9 +19,9 @@ import audit
 import audit_run
 import noise_curve
 
-from hanorec.errors import InputError
+from hanorec.base.errors import InputError
 from hanorec.hars import cluster_gap, hardness, misassigned, responsiveness, reward_gap
-from hanorec.lora import LoRALinear, lora_noise
+from hanorec.lora.layer import LoRALinear, lora_noise
 from hanorec.losses import dpo_loss
 from hanorec.metrics import auc, hit_rate, ndcg, rank_of_positive
 from hanorec.scoring import answer_log_probs

@@ -10,13 +10,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from hanorec.backbone import ATTENTION, FAMILIES, hidden_states, image_features, load_backbone, prompt_positions, use_segment_attention
-from hanorec.catalog import read_image
-from hanorec.errors import InputError
-from hanorec.lora import language_model
-from hanorec.prompts import collate
-from hanorec.scoring import answer_log_probs, answer_logits, forward
-from hanorec.tasks import single_answer
+from hanorec.base.errors import InputError
+from hanorec.datasets.catalog import read_image
+from hanorec.lora.layer import language_model
+from hanorec.mllm.backbone import (
+    ATTENTION,
+    FAMILIES,
+    hidden_states,
+    image_features,
+    prompt_positions,
+    use_segment_attention,
+)
+from hanorec.mllm.forward import forward
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import collate
+from hanorec.mllm.tasks import single_answer
+from hanorec.scoring import answer_log_probs, answer_logits
 
 SHIFT = 1e-3  # a negative control moves a log-probability by more than this; honest paths differ by less than 1e-5
 # (and 5e-7 of their size: a sum over an answer is about -60, where neighbouring float32 numbers are 4e-6 apart)

@@ -58,11 +58,12 @@ import evaluate
 import train_dpo
 import train_sft
 from hanorec import export
-from hanorec.catalog import data_hash, load_catalog
+from hanorec.base.command import run
+from hanorec.base.errors import InputError
+from hanorec.base.files import read_json
 from hanorec.datasets import microlens, movielens, netflix, recbole
-from hanorec.errors import InputError, run
-from hanorec.files import read_json
-from hanorec.lines import MAX_LINE, numbered_lines
+from hanorec.datasets.catalog import data_hash, load_catalog
+from hanorec.datasets.lines import MAX_LINE, numbered_lines
 
 DEEP = "[" * 100_000
 

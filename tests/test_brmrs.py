@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from hanorec.brmrs import NegativeSampler, bpr_loss, chns_loss, hard_negatives, synergy_loss, total_loss
-from hanorec.brmrs_graph import interaction_graph, lightgcn, likeness_graph, smooth
-from hanorec.brmrs_model import BRMRS, rivals, scores, step_loss, unit_rows
-from hanorec.config import BrmrsConfig
-from hanorec.errors import InputError
+from hanorec.base.config_brmrs import BrmrsConfig
+from hanorec.base.errors import InputError
+from hanorec.brmrs.graph import interaction_graph, lightgcn, likeness_graph, smooth
+from hanorec.brmrs.losses import bpr_loss, chns_loss, hard_negatives, synergy_loss, total_loss
+from hanorec.brmrs.model import BRMRS, rivals, step_loss, unit_rows
+from hanorec.ranking.full_ranking import scores
+from hanorec.ranking.sampler import NegativeSampler
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

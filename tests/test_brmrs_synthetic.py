@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from hanorec.brmrs import NegativeSampler
-from hanorec.brmrs_model import BRMRS, step_loss
-from hanorec.config import BrmrsConfig
+from hanorec.base.config_brmrs import BrmrsConfig
+from hanorec.brmrs.model import BRMRS, step_loss
+from hanorec.ranking.sampler import NegativeSampler
 
 U, I = 60, 160  # users; items of training, and as many new ones
 CHANCE, MASTERED = 0.7, 0.9

@@ -5,9 +5,9 @@ import pytest
 from hostile import huge_png
 from PIL import Image
 
-from hanorec import catalog
-from hanorec.catalog import load_catalog, read_image
-from hanorec.errors import InputError
+from hanorec.base.errors import InputError
+from hanorec.datasets import catalog
+from hanorec.datasets.catalog import load_catalog, read_image
 
 
 def titles(folder, data, name="Toy_titles.csv"):

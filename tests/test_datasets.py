@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hanorec.catalog import load_catalog, read_image
+from hanorec.base.errors import InputError
 from hanorec.datasets import microlens, movielens, netflix, recbole
+from hanorec.datasets.catalog import load_catalog, read_image
 from hanorec.datasets.covers import draw_cover
-from hanorec.errors import InputError
-from hanorec.interactions import load_interactions
+from hanorec.datasets.interactions import load_interactions
 
 
 def write(folder, **files):

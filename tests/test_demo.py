@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from hanorec import demo, plots, pretrain
-from hanorec.backbone import load_backbone
-from hanorec.catalog import load_catalog
 from hanorec.datasets import posterland
-from hanorec.interactions import load_interactions
+from hanorec.datasets.catalog import load_catalog
+from hanorec.datasets.interactions import load_interactions
+from hanorec.mllm.load import load_backbone
+from hanorec.studies import plots, pretrain
+from hanorec.studies import stages as demo
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from toy_ranking import write_folder
 import evaluate
 import train_dpo
 import train_sft
-from hanorec.distributed import rank
-from hanorec.errors import InputError
-from hanorec.training import check_finite
+from hanorec.base.distributed import rank
+from hanorec.base.errors import InputError
+from hanorec.run.run import check_finite
 
 NUMBERS = 2e-5
 WEIGHTS = 2e-5

@@ -16,14 +16,16 @@ from toy_ranking import write_folder
 
 import evaluate
 import train_brmrs
-from hanorec import brmrs_model, items
-from hanorec.distributed import dealt, from_each, gathered, rank, share
-from hanorec.errors import InputError
-from hanorec.features import stored_pictures
-from hanorec.items import item_embeddings, neighbors
-from hanorec.ranking import Retriever, Seen, target_ranks
+from hanorec.base.distributed import all_gather, dealt, rank, run_on_all_ranks, share
+from hanorec.base.errors import InputError
+from hanorec.brmrs import model as brmrs_model
+from hanorec.mllm import items
+from hanorec.mllm.features import stored_pictures
+from hanorec.mllm.items import item_embeddings, neighbors
+from hanorec.mllm.topk_ring import topk_neighbors_ring
+from hanorec.ranking.full_ranking import Seen, target_ranks
+from hanorec.ranking.retriever import Retriever
 from hanorec.topk import topk_neighbors
-from hanorec.topk_ring import topk_neighbors_ring
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import data_path
@@ -35,16 +37,16 @@ def test_shares_and_errors():
     """Each of n things once, whatever n; an error of one rank is everybody's."""
     def work():
         for n in (0, 1, 2, 3, 7):
-            assert gathered(torch.arange(n)[share(n)], n).tolist() == list(range(n))
-            assert sorted(x for part in from_each(lambda n=n: dealt(list(range(n)))) for x in part) == list(range(n))
+            assert all_gather(torch.arange(n)[share(n)], n).tolist() == list(range(n))
+            assert sorted(x for part in run_on_all_ranks(lambda n=n: dealt(list(range(n)))) for x in part) == list(range(n))
 
         def fails():
             if rank() == 1:
                 raise InputError("bad image")
 
         with pytest.raises(InputError, match="bad image"):
-            from_each(fails)
-        assert from_each(rank) == [0, 1, 2]
+            run_on_all_ranks(fails)
+        assert run_on_all_ranks(rank) == [0, 1, 2]
 
     assert together(3, work) == [0, 0, 0]
 
@@ -54,7 +56,7 @@ def test_shares_and_errors():
 
 def ring(e, k, block=None):
     """The whole result of the ring, from a process that holds its slice of e."""
-    return [gathered(x, len(e)) for x in topk_neighbors_ring(e[share(len(e))].clone(), len(e), k, block)]
+    return [all_gather(x, len(e)) for x in topk_neighbors_ring(e[share(len(e))].clone(), len(e), k, block)]
 
 
 @pytest.mark.equation("HN-3")
@@ -89,7 +91,7 @@ def test_the_ring_refuses_what_one_process_refuses():
             ring(e, 2)
         e = torch.randint(-2, 3, (10, 2), generator=torch.Generator().manual_seed(1)).float()
         wrong = e[5:] if rank() == 0 else e[:5]
-        assert not torch.equal(gathered(topk_neighbors_ring(wrong, 10, 3)[1], 10), topk_neighbors(e, 3)[1])
+        assert not torch.equal(all_gather(topk_neighbors_ring(wrong, 10, 3)[1], 10), topk_neighbors(e, 3)[1])
 
     assert together(2, work) == [0, 0]
 
@@ -119,7 +121,7 @@ def test_the_catalogue_is_encoded_together(qwen, catalog, tmp_path, monkeypatch)
             stored_pictures(qwen, few, tmp_path / "together")
         assert not list((tmp_path / "together").iterdir())
         items.encode = encode
-        from_each(rank)
+        run_on_all_ranks(rank)
         found = stored_pictures(qwen, few, tmp_path / "together")
         assert {path.name: path.read_bytes() for path in (tmp_path / "together").iterdir()} == expected
         assert all(torch.equal(found[row].features, pictures[row].features) for row in pictures)
@@ -266,7 +268,7 @@ def test_brmrs_goes_on_over_processes(tmp_path):
 
 def test_ranking_blocks_are_divided(monkeypatch):
     """Ranks of targets and retrieved items are equal to the bit: the blocks are those of one process."""
-    from hanorec import ranking
+    from hanorec.ranking import full_ranking as ranking
 
     monkeypatch.setattr(ranking, "NUMBERS_PER_BLOCK", 40)
     generator = torch.Generator().manual_seed(0)

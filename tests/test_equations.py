@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hanorec import config
+from hanorec.base import config
 
 ROOT = Path(__file__).parent.parent
 IDS = ["SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)), *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7))]

@@ -12,15 +12,16 @@ import toy
 import evaluate
 import train_dpo
 from hanorec import export
-from hanorec.backbone import load_backbone
-from hanorec.catalog import load_catalog, read_image
-from hanorec.config import DataConfig
-from hanorec.errors import InputError
-from hanorec.files import sha256
-from hanorec.interactions import heldout_examples, load_interactions
-from hanorec.items import encode_pictures
-from hanorec.lora import add_lora, attach_policy, save_adapter
-from hanorec.tasks import Source, scoring_rows
+from hanorec.base.config import DataConfig
+from hanorec.base.errors import InputError
+from hanorec.base.files import sha256
+from hanorec.datasets.catalog import load_catalog, read_image
+from hanorec.datasets.interactions import heldout_examples, load_interactions
+from hanorec.lora.files import attach_policy, save_adapter
+from hanorec.lora.layer import add_lora
+from hanorec.mllm.items import encode_pictures
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.tasks import PromptBuilder, scoring_rows
 
 FILES = ("candidates_test_random.json", "candidates_test_hard.json")
 
@@ -190,7 +191,7 @@ def test_binary(judge, launch, sft, shop, checkpoints):
     catalog = load_catalog(shop)
     example = heldout_examples(load_interactions(shop, catalog), "test", 2)[3]
     pictures = encode_pictures(backbone, catalog, range(len(catalog.ids)))
-    source = Source(backbone, catalog, pictures, DataConfig(data=str(shop), task="binary", history=2))
+    source = PromptBuilder(backbone, catalog, pictures, DataConfig(data=str(shop), task="binary", history=2))
     for c, item in enumerate(result["users"][3]["candidates"]):
         (row,) = scoring_rows(source, [type(example)(example.user, example.history, example.target, example.seen, (catalog.row[item],))])
         with torch.no_grad():

@@ -18,15 +18,16 @@ import torch
 
 import evaluate
 import train_sft
-from hanorec import features, items
-from hanorec.backbone import FAMILIES, hidden_states, image_features, load_backbone, prompt_positions
-from hanorec.catalog import read_image
-from hanorec.config import DataConfig
-from hanorec.errors import InputError
-from hanorec.features import feature_facts, stored_pictures, write_index
-from hanorec.items import encode_pictures, item_embeddings
-from hanorec.prompts import text_ids
-from hanorec.tasks import load_pictures
+from hanorec.base.config import DataConfig
+from hanorec.base.errors import InputError
+from hanorec.datasets.catalog import read_image
+from hanorec.mllm import features, items
+from hanorec.mllm.backbone import FAMILIES, hidden_states, image_features, prompt_positions
+from hanorec.mllm.features import feature_facts, stored_pictures, write_index
+from hanorec.mllm.items import encode_pictures, item_embeddings
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import text_ids
+from hanorec.mllm.tasks import load_pictures
 
 
 @pytest.fixture

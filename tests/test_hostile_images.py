@@ -9,9 +9,9 @@ import pytest
 from hostile import huge_png
 from PIL import Image
 
-from hanorec.backbone import image_features
-from hanorec.catalog import MAX_ASPECT, find_images, load_catalog, read_image
-from hanorec.errors import InputError
+from hanorec.base.errors import InputError
+from hanorec.datasets.catalog import MAX_ASPECT, find_images, load_catalog, read_image
+from hanorec.mllm.backbone import image_features
 
 
 def chunk(kind, data):

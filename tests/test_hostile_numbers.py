@@ -8,13 +8,15 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hanorec.backbone import FAMILIES, load_backbone
 from hanorec.hars import pair_beta, responsiveness, reward_gap
-from hanorec.items import encode_pictures
 from hanorec.losses import dpo_loss, preference_logit, sft_loss
-from hanorec.prompts import collate
-from hanorec.scoring import answer_log_probs, forward
-from hanorec.tasks import single_answer
+from hanorec.mllm.backbone import FAMILIES
+from hanorec.mllm.forward import forward
+from hanorec.mllm.items import encode_pictures
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import collate
+from hanorec.mllm.tasks import single_answer
+from hanorec.scoring import answer_log_probs
 
 HUGE = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=3, max_size=8)
 MANY = settings(max_examples=100, deadline=None, derandomize=True, database=None)

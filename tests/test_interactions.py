@@ -8,10 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hanorec.candidates import draw_candidates, draw_hard_candidates, load_candidates, save_candidates
-from hanorec.catalog import Catalog
-from hanorec.errors import InputError
-from hanorec.interactions import Example, Interactions, heldout_examples, load_interactions, select_users, training_examples
+from hanorec.base.errors import InputError
+from hanorec.datasets.candidates import (
+    draw_candidates,
+    draw_hard_candidates,
+    load_candidates,
+    save_candidates,
+)
+from hanorec.datasets.catalog import Catalog
+from hanorec.datasets.interactions import (
+    Example,
+    Interactions,
+    heldout_examples,
+    load_interactions,
+    select_users,
+    training_examples,
+)
 
 
 def make_catalog(n, titles=None):

@@ -11,26 +11,29 @@ import toy
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import CheckpointError
 
-from hanorec import export, lora
-from hanorec.backbone import load_backbone
-from hanorec.errors import InputError
+from hanorec import export
+from hanorec.base.errors import InputError
 from hanorec.hars import hardness, pair_beta, responsiveness, reward_gap
-from hanorec.lora import (
-    LoRALinear,
-    adapters_off,
-    add_lora,
+from hanorec.lora import layer as lora
+from hanorec.lora.files import (
     attach_adapter,
     attach_policy,
-    language_model,
     load_adapter,
-    lora_layers,
-    lora_noise,
     remove_adapters,
     save_adapter,
     save_policy,
 )
+from hanorec.lora.layer import (
+    LoRALinear,
+    adapters_off,
+    add_lora,
+    language_model,
+    lora_layers,
+    lora_noise,
+)
 from hanorec.losses import dpo_loss, preference_logit
-from hanorec.training import use_checkpointing
+from hanorec.mllm.backbone import use_checkpointing
+from hanorec.mllm.load import load_backbone
 
 LEAVES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -598,9 +601,9 @@ def test_fingerprint_tells_bases_and_stacks_apart(checkpoints, make):
     for path in (checkpoints["qwen2_5_vl"], checkpoints["qwen2_vl"], make("qwen2_5_vl", seed=2)):
         model = load_backbone(str(path), "float32", "cpu").model
         add_lora(model)
-        prints.add(lora.fingerprint(model))
+        prints.add(lora.base_fingerprint(model))
         toy.busy_lora(model, seed=1)
-        prints.add(lora.fingerprint(model))
+        prints.add(lora.base_fingerprint(model))
         add_lora(model)
-        prints.add(lora.fingerprint(model))
+        prints.add(lora.base_fingerprint(model))
     assert len(prints) == 9

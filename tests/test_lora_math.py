@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from hanorec.export import collapse_adapters, merge_adapters
-from hanorec.lora import LoRALinear, adapters_off, add_lora, lora_noise, rms
+from hanorec.lora.layer import LoRALinear, adapters_off, add_lora, lora_noise, rms
 from hanorec.losses import dpo_loss, preference_logit, token_log_probs
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -11,16 +11,17 @@ import torch
 from toy_ranking import ITEMS, USERS, make_features, make_pairs, write_folder
 
 import train_brmrs
-from hanorec.backbone import load_backbone
-from hanorec.catalog import load_catalog
-from hanorec.config import BrmrsConfig, BrmrsFiles
+from hanorec.base.command import run
+from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
+from hanorec.base.errors import InputError
+from hanorec.datasets.catalog import load_catalog
+from hanorec.datasets.interactions import load_interactions
 from hanorec.datasets.mmrec import read_columns, read_mmrec, write_mmrec
-from hanorec.errors import InputError, run
 from hanorec.hars import mean_pool
-from hanorec.interactions import load_interactions
-from hanorec.items import encode_pictures
-from hanorec.prompts import text_ids
-from hanorec.ranking_data import load_ranking_data
+from hanorec.mllm.items import encode_pictures
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import text_ids
+from hanorec.ranking.pairs import load_ranking_data
 
 
 @pytest.fixture

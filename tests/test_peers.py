@@ -7,11 +7,13 @@ import torch
 import toy
 
 from hanorec import export
-from hanorec.backbone import load_backbone
-from hanorec.errors import InputError
-from hanorec.lora import attach_adapter, attach_policy, lora_layers, save_adapter, save_policy
-from hanorec.prompts import collate
-from hanorec.scoring import answer_logits, forward
+from hanorec.base.errors import InputError
+from hanorec.lora.files import attach_adapter, attach_policy, save_adapter, save_policy
+from hanorec.lora.layer import lora_layers
+from hanorec.mllm.forward import forward
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import collate
+from hanorec.scoring import answer_logits
 
 peft = pytest.importorskip("peft")
 

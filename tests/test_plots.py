@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hanorec import plots
-from hanorec.errors import InputError
+from hanorec.base.errors import InputError
+from hanorec.studies import plots
 
 
 def grey(path):

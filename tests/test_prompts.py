@@ -8,11 +8,21 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hanorec import prompts
-from hanorec.backbone import FAMILIES, load_backbone
-from hanorec.errors import InputError
-from hanorec.prompts import answer_ids, answer_mask, binary_parts, collate, encode_row, ranking_parts, text_ids, turn
-from hanorec.tasks import single_answer
+from hanorec.base.errors import InputError
+from hanorec.mllm import prompts
+from hanorec.mllm.backbone import FAMILIES
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import (
+    answer_ids,
+    answer_mask,
+    binary_parts,
+    collate,
+    encode_row,
+    ranking_parts,
+    text_ids,
+    turn,
+)
+from hanorec.mllm.tasks import single_answer
 
 
 def titled(catalog, *titles):

@@ -22,18 +22,19 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from torch import nn
 
-from hanorec.candidates import draw_candidates, load_candidates, save_candidates
-from hanorec.catalog import Catalog, load_catalog, read_image
+from hanorec.base.errors import InputError
+from hanorec.base.files import read_json, write_json
 from hanorec.datasets import microlens, movielens, netflix, recbole
-from hanorec.errors import InputError
-from hanorec.files import read_json, write_json
+from hanorec.datasets.candidates import draw_candidates, load_candidates, save_candidates
+from hanorec.datasets.catalog import Catalog, load_catalog, read_image
+from hanorec.datasets.interactions import heldout_examples, load_interactions, training_examples
+from hanorec.datasets.lines import numbered_lines
 from hanorec.hars import cluster_gap, fuse, hardness, pair_beta, responsiveness
-from hanorec.interactions import heldout_examples, load_interactions, training_examples
-from hanorec.lines import numbered_lines
-from hanorec.lora import add_lora, attach_adapter, lora_layers, save_adapter
+from hanorec.lora.files import attach_adapter, save_adapter
+from hanorec.lora.layer import add_lora, lora_layers
 from hanorec.losses import dpo_loss, kl_divergence, preference_logit, sft_loss, token_log_probs
 from hanorec.metrics import auc, hit_rate, ndcg, pooled_auc, rank_of_positive, similarity_groups
-from hanorec.prompts import Row, collate
+from hanorec.mllm.prompts import Row, collate
 from hanorec.topk import topk_neighbors
 
 

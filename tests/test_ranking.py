@@ -8,10 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hanorec import ranking
-from hanorec.brmrs_model import Embeddings
-from hanorec.errors import InputError
-from hanorec.ranking import Retriever, Seen, branch_margins, branch_shares, evaluate, target_ranks, user_rows
+from hanorec.base.errors import InputError
+from hanorec.ranking import full_ranking as ranking
+from hanorec.ranking.full_ranking import (
+    Embeddings,
+    Seen,
+    branch_margins,
+    branch_shares,
+    evaluate,
+    target_ranks,
+    user_rows,
+)
+from hanorec.ranking.retriever import Retriever
 
 
 def case(seed, n_users=9, n_items=13, n_pairs=40, width=3):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hanorec.config import BrmrsConfig, BrmrsFiles, DataConfig, DpoConfig, EvalConfig, ModelConfig, TrainConfig, parse
+from hanorec.base.config import DataConfig, DpoConfig, EvalConfig, ModelConfig, TrainConfig
+from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
+from hanorec.base.settings import parse
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 import train_dpo
 import train_sft
-from hanorec.backbone import Picture
-from hanorec.errors import InputError
-from hanorec.files import sha256
-from hanorec.items import item_embeddings
-from hanorec.lora import attach_policy, remove_adapters
+from hanorec.base.errors import InputError
+from hanorec.base.files import sha256
+from hanorec.lora.files import attach_policy, remove_adapters
 from hanorec.losses import preference_logit
-from hanorec.reference import load_reference, rows_hash, save_reference
-from hanorec.tasks import negatives_of, preferences, views
+from hanorec.mllm.backbone import ImageFeatures
+from hanorec.mllm.items import item_embeddings
+from hanorec.mllm.tasks import negatives_of, preferences, views
+from hanorec.run.reference import load_reference, rows_hash, save_reference
 
 GENTLE = [*toy.STEPS, "--lora-dropout", 0, "--learning-rate", 1e-4]  # moves a weight by up to 2e-4 in three steps
 
@@ -103,10 +103,10 @@ def test_rows_hash_sees_every_part(data, checkpoints):
                [type(row)(row.name, row.prompt, row.positions, row.images, row.answers[::-1]), *rest]]
     hashes = {rows_hash(part, source.pictures) for part in (rows, *changed)}
     shown = row.images[0]
-    moved = source.pictures | {shown: Picture(source.pictures[shown].features + 1e-3, source.pictures[shown].grid)}
+    moved = source.pictures | {shown: ImageFeatures(source.pictures[shown].features + 1e-3, source.pictures[shown].grid)}
     assert len(hashes | {rows_hash(rows, moved)}) == 7
     unseen = next(item for item in source.pictures if all(item not in r.images for r in rows))
-    other = source.pictures | {unseen: Picture(source.pictures[unseen].features + 1, None)}
+    other = source.pictures | {unseen: ImageFeatures(source.pictures[unseen].features + 1, None)}
     assert rows_hash(rows, other) == rows_hash(rows, source.pictures)
 
 

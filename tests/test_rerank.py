@@ -11,11 +11,12 @@ import toy
 
 import evaluate
 import train_brmrs
-from hanorec.catalog import Catalog
-from hanorec.errors import InputError
-from hanorec.interactions import Example, load_interactions
-from hanorec.ranking import Retriever, Seen, load_retriever
-from hanorec.rerank import places_by_score, rerank_report, retrieve, target_places
+from hanorec.base.errors import InputError
+from hanorec.datasets.catalog import Catalog
+from hanorec.datasets.interactions import Example, load_interactions
+from hanorec.ranking.full_ranking import Seen
+from hanorec.ranking.reranking import places_by_score, rerank_report, retrieve, target_places
+from hanorec.ranking.retriever import Retriever, load_retriever
 
 SMALL = ["--epochs", 3, "--dim", 8, "--batch", 64]
 

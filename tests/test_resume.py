@@ -18,11 +18,12 @@ import toy
 
 import train_dpo
 import train_sft
-from hanorec import checkpoint
-from hanorec.checkpoint import generators, load_checkpoint, open_run, save_checkpoint
-from hanorec.errors import InputError, run
-from hanorec.files import sha256, write_json
-from hanorec.training import append_log
+from hanorec.base.command import run
+from hanorec.base.errors import InputError
+from hanorec.base.files import sha256, write_json
+from hanorec.run import checkpoint
+from hanorec.run.checkpoint import generators, load_checkpoint, save_checkpoint
+from hanorec.run.record import append_log, open_run
 
 LONG = ["--targets-per-user", 1, "--epochs", 3, "--micro-batch", 4, "--accumulation", 2, "--learning-rate", 1e-3]  # 9 steps; dropout and noise on
 

@@ -14,11 +14,13 @@ import toy
 
 import train_dpo
 import train_sft
-from hanorec.backbone import load_backbone
-from hanorec.errors import InputError, run
-from hanorec.files import sha256
-from hanorec.lora import add_lora, attach_policy, lora_layers, save_adapter
-from hanorec.tasks import negatives_of, preferences, sft_rows
+from hanorec.base.command import run
+from hanorec.base.errors import InputError
+from hanorec.base.files import sha256
+from hanorec.lora.files import attach_policy, save_adapter
+from hanorec.lora.layer import add_lora, lora_layers
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.tasks import negatives_of, preferences, sft_rows
 
 SFT_KEYS = {"step", "epoch", "loss", "gradient_norm", "learning_rate"}
 DPO_KEYS = SFT_KEYS | {"accuracy", "chosen_reward", "rejected_reward", "margin", "lambda", "lambda_min", "lambda_max", "eta", "beta",

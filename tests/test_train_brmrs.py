@@ -13,12 +13,13 @@ from test_ranking import ranks_by_loop
 from toy_ranking import ITEMS, USERS, make_features, make_pairs, write_folder
 
 import train_brmrs
-from hanorec import brmrs_ablation
-from hanorec.brmrs_ablation import CONTROLS, ROWS, run_rows
-from hanorec.config import BrmrsConfig, BrmrsFiles
-from hanorec.errors import InputError, run
-from hanorec.plots import plot_run
-from hanorec.ranking import load_retriever
+from hanorec.base.command import run
+from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
+from hanorec.base.errors import InputError
+from hanorec.ranking.retriever import load_retriever
+from hanorec.studies import brmrs_ablation
+from hanorec.studies.brmrs_ablation import CONTROLS, ROWS, run_rows
+from hanorec.studies.plots import plot_run
 
 FLAGS = ["--dim", "8", "--batch", "64", "--learning-rate", "0.02", "--device", "cpu"]
 WHOLE = ["embeddings.safetensors", "log.jsonl", "metrics.json", "model.json", "model.safetensors", "names.json", "run.json"]
@@ -284,7 +285,7 @@ def test_a_loss_that_is_not_finite(capsys, folder, tmp_path):
 
 def test_native_from_checkpoint_to_titles(data, checkpoints, tmp_path, capsys):
     """Features are computed once: a stopped run goes on from its own copy, even without the checkpoint; retrieval speaks item ids."""
-    from hanorec.catalog import load_catalog
+    from hanorec.datasets.catalog import load_catalog
 
     model = shutil.copytree(checkpoints["qwen2_5_vl"], tmp_path / "model")
     flags = ["--model", str(model), "--max-pixels", 1024, "--epochs", 2]

@@ -3,12 +3,13 @@
 import torch
 from safetensors.torch import load_file, save_file
 
-from hanorec.backbone import load_backbone
-from hanorec.config import DataConfig, TrainConfig
-from hanorec.lora import add_lora
-from hanorec.prompts import answer_ids, collate, encode_row, ranking_parts
-from hanorec.scoring import answer_log_probs, forward
-from hanorec.tasks import load_examples, single_answer
+from hanorec.base.config import DataConfig, TrainConfig
+from hanorec.lora.layer import add_lora
+from hanorec.mllm.forward import forward
+from hanorec.mllm.load import load_backbone
+from hanorec.mllm.prompts import answer_ids, collate, encode_row, ranking_parts
+from hanorec.mllm.tasks import load_examples, single_answer
+from hanorec.scoring import answer_log_probs
 
 # Flags that keep a run of a script short: one token an image, short prompts, 24 rows; 3 steps of 8 = 2 x 4 rows.
 SHORT = ["--max-pixels", "1024", "--history", "2", "--candidates", "4", "--device", "cpu"]

@@ -7,9 +7,10 @@ r"""MicroLens -> native layout. Covers come from --images (file stem = item id).
 
 from pathlib import Path
 
+from hanorec.base.command import run
+from hanorec.base.errors import InputError, shown
+from hanorec.datasets.lines import numbered_lines, only_file
 from hanorec.datasets.native import Log, add_title, convert, parser, split_fields
-from hanorec.errors import InputError, run, shown
-from hanorec.lines import numbered_lines, only_file
 
 HEADER = "user,item,timestamp"
 

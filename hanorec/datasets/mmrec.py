@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hanorec.errors import InputError
-from hanorec.files import read_object, write_json
-from hanorec.lines import BOM, only_file
+from hanorec.base.errors import InputError
+from hanorec.base.files import read_object, write_json
+from hanorec.datasets.lines import BOM, only_file
 
 COLUMNS = ("userID", "itemID", "x_label")
 SPLITS = ("train", "valid", "test")  # of x_label 0, 1, 2

@@ -6,9 +6,10 @@ r"""MovieLens-1M and MovieLens-100K -> native layout. Both are ISO-8859-1; which
 
 from pathlib import Path
 
+from hanorec.base.command import run
+from hanorec.base.errors import InputError
+from hanorec.datasets.lines import numbered_lines
 from hanorec.datasets.native import Log, add_title, convert, parser, split_fields
-from hanorec.errors import InputError, run
-from hanorec.lines import numbered_lines
 
 LATIN = "iso-8859-1"
 FLAGS = (  # the order of the flags in u.item, as in u.genre

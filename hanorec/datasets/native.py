@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hanorec.catalog import find_images
+from hanorec.base.errors import InputError, shown
+from hanorec.base.files import write_json, write_text
+from hanorec.datasets.catalog import find_images
 from hanorec.datasets.covers import draw_cover
-from hanorec.errors import InputError, shown
-from hanorec.files import write_json, write_text
 
 MIN_ITEMS = 3  # train, val and test take at least one each
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hanorec.base.command import run
+from hanorec.base.errors import InputError, shown
+from hanorec.datasets.lines import numbered_lines
 from hanorec.datasets.native import Log, add_title, convert, parser, split_fields
-from hanorec.errors import InputError, run, shown
-from hanorec.lines import numbered_lines
 
 
 def read_ratings(paths: list[Path]) -> Iterator[tuple[Path, int, str, str, str, str]]:

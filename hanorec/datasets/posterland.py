@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hanorec.errors import InputError, run
-from hanorec.files import claim_folder, write_json
+from hanorec.base.command import run
+from hanorec.base.errors import InputError
+from hanorec.base.files import claim_folder, write_json
 
 GENRES = {"space": ["Comet", "Orbit", "Nebula", "Rocket"], "crime": ["Alibi", "Heist", "Verdict", "Dagger"],
           "romance": ["Kiss", "Wedding", "Letter", "Rose"], "western": ["Saddle", "Canyon", "Sheriff", "Dust"],

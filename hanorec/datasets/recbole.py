@@ -7,9 +7,10 @@ Text (`token_seq`) is words separated by spaces, so a genre field becomes one ge
 from collections.abc import Iterator
 from pathlib import Path
 
+from hanorec.base.command import run
+from hanorec.base.errors import InputError, shown
+from hanorec.datasets.lines import numbered_lines, only_file
 from hanorec.datasets.native import Log, add_title, convert, parser, split_fields
-from hanorec.errors import InputError, run, shown
-from hanorec.lines import numbered_lines, only_file
 
 
 def read_rows(path: Path, progress: bool = False) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:

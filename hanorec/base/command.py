@@ -1,0 +1,33 @@
+"""How a command ends: in a message instead of a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from hanorec.base.errors import InputError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command; an `InputError`, or a fault of the file system, becomes `error: ...` on stderr and exit code 2, without a traceback.
+
+    Where torchrun started several processes, one of them says so for all.
+    """
+    voice: AbstractContextManager = nullcontext()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from hanorec.base.distributed import one_voice
+
+        voice = one_voice()
+    try:
+        with voice:
+            main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder without permission
+        place, what = error.filename or "the file system", error.strerror or error
+        print(f"error: {place}: {what}; check the path, its permissions and the space left", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,56 @@
+"""--shard: a base that no device can hold, divided over the ranks by FSDP2 (torch.distributed.fsdp.fully_shard).
+
+What is divided is what grows with a base: the language model's layers. Each rank keeps 1 / ranks of every layer's weights and gathers
+the rest right before that layer computes, forward and backward. Whole on every rank are:
+
+- the adapters (1% of the base). FSDP never hears of them, since they are added later, so LoRA, noise, `adapters_off`, clipping, optimizer,
+  checkpoints and adapter files are the same code on either path.
+- the embedding and the head. Where they are tied, a step needs them from its first operation to its last, so dividing them would spare
+  memory between steps alone, and cost a message of their size for each micro-batch.
+- the vision tower, which runs before training only, and not equally often on every rank; then it leaves the device (`set_tower_aside`).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from hanorec.base.distributed import rank, world_size
+from hanorec.lora.layer import language_model
+
+
+@torch.no_grad()
+def divided(full: nn.Module | None, path: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model of checkpoint `path` with its layers divided over the ranks. full: rank 0's, whole, on the CPU; None on the others.
+
+    No other rank ever holds more than one whole layer, nor any device: the model is built without memory, divided, given memory for
+    its parts, and filled from rank 0 weight by weight. Buffers that no checkpoint holds (frequencies of positions) come from there, too.
+    """
+    dist.barrier()  # rank 0 has read a whole checkpoint
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype=dtype)
+    language, mesh = language_model(model.requires_grad_(False)), init_device_mesh(device.type, (world_size(),))
+    for layer in language.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(language, mesh=mesh, ignored_params=set(language.parameters()))  # the root of its layers: it gathers one while another computes
+    model.to_empty(device=device)
+    model.tie_weights()
+    given = {} if full is None else {**dict(full.named_parameters()), **dict(full.named_buffers())}
+    for name, part in [*model.named_parameters(), *model.named_buffers()]:
+        value = torch.empty(part.shape, dtype=part.dtype, device=device) if rank() else given[name].detach().to(device)
+        if isinstance(part, DTensor):
+            part.to_local().copy_(distribute_tensor(value, mesh, part.placements).to_local())
+        else:
+            dist.broadcast(value, 0)
+            part.copy_(value)
+    return model
+
+
+def set_tower_aside(model: nn.Module) -> None:
+    """Once every image is encoded: the vision tower and its projector leave the device."""
+    for child in model.model.children():
+        if child is not language_model(model):
+            child.to("cpu")
