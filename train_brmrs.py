@@ -1,125 +1,107 @@
-"""BR-MRS: a recommender with a text branch, an image branch and their fusion, trained to rank (BR-1 .. BR-6).
+"""BR-MRS: a text branch, an image branch and their fusion, trained to rank (BR-1 .. BR-6).
 
     python train_brmrs.py --data DATA --out OUT [--lambda-h 0] [--lambda-s 0] [...]
-    python train_brmrs.py --data NATIVE --model MODEL --out OUT                     features of titles and images from a checkpoint
+    python train_brmrs.py --data NATIVE --model MODEL --out OUT
+        features of titles and images from a checkpoint
 
-DATA: a folder as users of the MMRec toolbox have it, or one in the native layout. OUT receives log.jsonl (a line an epoch), run.json,
-the best epoch's weights (model.safetensors, model.json), what retrieval needs (embeddings.safetensors, names.json), and at last
-metrics.json with the test metrics and their rows for each user. The best epoch is the one with the highest Recall@20 on validation.
-The same command again goes on with a stopped run from its last whole epoch, and ends as if it had never been stopped.
+DATA: a folder as users of the MMRec toolbox have it, or one in the native layout. OUT receives
+log.jsonl (a line an epoch), run.json, the best epoch's weights (model.safetensors, model.json),
+what retrieval needs (embeddings.safetensors, names.json), and at last metrics.json with the test
+metrics and their rows for each user. The best epoch is the one with the highest Recall@20 on
+validation. The same command again goes on with a stopped run from its last whole epoch, and ends as
+if it had never been stopped.
 """
 
-import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
-from hanorec.base.command import run
+from hanorec.base import command
 from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
-from hanorec.base.distributed import join, rank, run_on_all_ranks, share, sum_gradients, usable_device
-from hanorec.base.errors import InputError
-from hanorec.base.files import write_bytes, write_json
 from hanorec.base.settings import parse
-from hanorec.brmrs.model import BRMRS, step_loss
-from hanorec.datasets.mmrec import read_mmrec, write_mmrec
-from hanorec.ranking.full_ranking import AT, Seen, evaluate
-from hanorec.ranking.pairs import load_ranking_data
+from hanorec.brmrs.losses import bpr_loss, chns_loss, synergy_loss, total_loss
+from hanorec.brmrs.model import BRMRS, hardest, rivals
+from hanorec.ranking.full_ranking import scores, wins
 from hanorec.ranking.sampler import NegativeSampler
-from hanorec.run.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
-from hanorec.run.record import all_settings, append_log, open_run, write_run
-
-DATA = "data"  # in OUT: a native folder's pairs and features, as they were when the run began
-
-
-def write_tensors(path: Path, **tensors: Tensor) -> None:
-    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
-
-
-def train(files: BrmrsFiles, config: BrmrsConfig) -> None:
-    device = usable_device(files.device)
-    join(device)
-    out = open_run(files.out, all_settings([files, config]), "metrics.json")
-    kept = run_on_all_ranks((out / DATA).exists)[0]
-    data = read_mmrec(out / DATA) if kept else load_ranking_data(files)
-    users, items = data.train.to(device)  # (E,) each
-    n_users, n_items = len(data.users), len(data.items)
-    torch.manual_seed(config.seed)
-    model = BRMRS(n_users, n_items, {m: x.to(device) for m, x in data.features.items()}, users, items, config).to(device)
-    weights = dict(model.named_parameters())
-    best = {name: weight.detach().clone() for name, weight in weights.items()}
-    optimizer = torch.optim.Adam(weights.values(), lr=config.learning_rate)
-    sampler, seen = NegativeSampler(users, items, n_users, n_items), Seen(users, items, n_users)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    held_out = {split: getattr(data, split).to(device) for split in ("valid", "test")}
-    # One negative for each held-out pair, the same in every epoch: branch margins are measured against it.
-    negatives = {split: sampler.draw(pairs[0], 1, torch.Generator(device).manual_seed(0))[:, 0] for split, pairs in held_out.items()}
-
-    # Not before all input has proved good. A run that goes on must still find the data that it began with.
-    write_run(out, [files, config], {"data": data.sha256()}, users=n_users, items=n_items, pairs=len(users), weights=sum(w.numel() for w in best.values()))
-    if files.model is not None and not kept and rank() == 0:
-        write_mmrec(out / DATA, data)
-
-    # The newest checkpoint, if there is one: weights, best weights, Adam's moments, the generator's state, the log's length.
-    random = {"loop": generator}
-    epoch, facts = load_checkpoint(out, [*weights.values(), *best.values()], optimizer, random)
-    score, best_epoch = facts.get("score", -1.0), facts.get("best_epoch", 0)  # validation Recall@20, never rounded
-    bar = tqdm(total=config.epochs, initial=epoch, desc="epochs", disable=None)
-    while epoch < config.epochs and epoch - best_epoch < config.patience:
-        epoch += 1
-        means: Counter[str] = Counter()
-        for batch in torch.randperm(len(users), generator=generator, device=device).split(config.batch):
-            own = share(len(batch))  # several processes divide the triples; tables, graphs and draws are the same in all of them
-            weight = (own.stop - own.start) / len(batch)  # one without a triple computes the first at weight 0
-            loss, terms = step_loss(model, users[batch], items[batch], sampler, config, generator, own if weight else slice(0, 1))
-            optimizer.zero_grad()
-            (weight * loss).backward()
-            values = sum_gradients(list(weights.values()), *(weight * value for value in (loss.item(), *terms.values())))
-            if not math.isfinite(values[0]):
-                raise InputError(f"epoch {epoch}: loss {values[0]}, expected a finite number; the last checkpoint stands: lower --learning-rate")
-            optimizer.step()
-            for name, value in zip(("loss", *terms), values, strict=True):
-                means[name] += value * len(batch) / len(users)
-
-        with torch.no_grad():
-            report, _, _ = evaluate(model.propagate(), held_out["valid"], seen, negatives["valid"])
-        recall = report[f"Recall@{AT}"]
-        if recall > score:
-            score, best_epoch = recall, epoch
-            for name, weight in weights.items():
-                best[name].copy_(weight.detach())
-        append_log(out / "log.jsonl", {"epoch": epoch, **means, **{f"valid_{name}": value for name, value in report.items()}})
-        save_checkpoint(out, epoch, [*weights.values(), *best.values()], optimizer, random, score=score, best_epoch=best_epoch)
-        bar.update()
-        bar.set_postfix({f"valid Recall@{AT}": f"{recall:.4f}", "best": f"{score:.4f}"})
-    bar.close()
-
-    model.load_state_dict(best)
-    with torch.no_grad():
-        emb = model.propagate()
-        valid, _, _ = evaluate(emb, held_out["valid"], seen, negatives["valid"])
-        test, who, rows = evaluate(emb, held_out["test"], seen, negatives["test"])
-    if rank() > 0:
-        return
-    write_tensors(out / "model.safetensors", **best)
-    write_json(out / "model.json", {"epoch": best_epoch, f"valid_Recall@{AT}": score, "config": asdict(config)})
-    write_tensors(out / "embeddings.safetensors", user=emb.user["f"], item=emb.item["f"], train=data.train)
-    write_json(out / "names.json", {"users": data.users, "items": data.items})
-    write_json(out / "metrics.json", {"epochs": epoch, "best_epoch": best_epoch, "valid": valid, "test": test,
-                                      "users": [data.users[u] for u in who], "rows": {name: values.tolist() for name, values in rows.items()}})
-    drop_checkpoints(out)
-    shown = ", ".join(f"{name} {test[name]:.4f}" for name in ("Recall@10", "Recall@20", "NDCG@10", "NDCG@20"))
-    print(f"best epoch {best_epoch} of {epoch}; test: {shown}; wrote {out / 'metrics.json'}")
+from hanorec.run.ranking_run import RankingRun, means_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     train(*parse([BrmrsFiles, BrmrsConfig], argv, __doc__))
 
 
+def train(files: BrmrsFiles, config: BrmrsConfig) -> None:
+    run = RankingRun(files, config)
+    users, items = run.users, run.items  # (E,) each: the train pairs
+    n_users, n_items = len(run.data.users), len(run.data.items)
+    features = {m: x.to(run.device) for m, x in run.data.features.items()}  # (I, d_m) each
+    model = BRMRS(n_users, n_items, features, users, items, config).to(run.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    sampler = NegativeSampler(users, items, n_users, n_items)
+
+    for _ in run.epochs(model, optimizer, sampler):
+        for batch, part, weight in run.batches():
+            u, i = users[batch], items[batch]  # (B,) each
+            loss, terms = step_loss(model, u, i, sampler, config, run.generator, part)
+            (weight * loss).backward()
+            run.update(batch, weight, loss=loss.item(), **terms)
+    run.finish()
+
+
+def step_loss(
+    model: BRMRS,
+    users: Tensor,
+    positives: Tensor,
+    sampler: NegativeSampler,
+    config: BrmrsConfig,
+    generator: torch.Generator | None = None,
+    part: slice = slice(None),
+) -> tuple[Tensor, dict[str, float]]:
+    r"""The objective of one batch of train pairs (u, i+).
+
+    Args:
+        users, positives: (B,) int64.
+        part: what of the batch counts here; negatives are drawn for all of it, so that processes
+            that divide a batch draw what a single one does.
+    Returns:
+        loss (), and what the log shows, means over the part: the terms of BR-6, each branch's
+        margin, and `win`, the share of triples where the fused margin exceeds every unimodal one.
+    """
+    emb = model.propagate()  # branch m in t, v, f -> z_u^m (U, d), z_i^m (I, d)
+
+    # The same draws whichever losses are on, so that runs compare.
+    drawn = sampler.draw(users, 1 + config.pool, generator)[part]  # BR-1: (B, 1 + n)
+    users, positives = users[part], positives[part]
+    negatives, pool = drawn[:, :1], drawn[:, 1:]
+    if config.hard_fused:  # a control
+        negatives = hardest(emb, users, pool)  # (B, 1)
+
+    triple = torch.cat([positives[:, None], negatives], 1)  # (B, 2): i+, i-
+    s = {m: scores(emb, m, users, triple) for m in emb.user}  # (B, 2) each
+    gap = {m: s[m][:, 0] - s[m][:, 1] for m in s}  # Delta_m: (B,) each
+
+    bpr = bpr_loss(gap["f"])  # BR-5: (B,)
+    chns = syn = torch.zeros_like(bpr)
+    if config.lambda_h:
+        for_t, for_v = rivals(emb, users, pool, config.routing)  # BR-2: j_v and j_t, (B, 1) each
+        t_at_jv = scores(emb, "t", users, for_t)[:, 0]  # (B,)
+        v_at_jt = scores(emb, "v", users, for_v)[:, 0]  # (B,)
+        chns = chns_loss(s["t"][:, 0], t_at_jv, s["v"][:, 0], v_at_jt)  # BR-3: (B,)
+    if config.lambda_s:
+        syn = synergy_loss(gap["f"], gap["t"], gap["v"], config.theta, config.detach)  # BR-4: (B,)
+
+    norm = model.regulariser(users, triple)  # ()
+    weights = config.lambda_h, config.lambda_s, config.weight_decay, config.bpr_weight
+    loss = total_loss(bpr, chns, syn, norm, *weights)  # BR-6: ()
+    if config.unimodal_bpr:  # a control
+        alone = [bpr_loss(gap[m]).mean() for m in model.modalities]
+        loss = loss + config.unimodal_bpr * sum(alone)
+
+    terms = {"bpr": bpr, "chns": chns, "syn": syn, "norm": norm}
+    terms |= {f"gap_{m}": gap[m] for m in gap}
+    return loss, means_of({**terms, "win": wins(gap).float()})
+
+
 if __name__ == "__main__":
-    run(main)
+    command.run(main)

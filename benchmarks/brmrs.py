@@ -1,11 +1,14 @@
-"""What a training step of BR-MRS costs, and how much of it is drawing negatives and scoring the pool.
+"""What a training step of BR-MRS costs, and how much of it is drawing negatives and scoring the
+pool.
 
     python benchmarks/brmrs.py [--rounds N]
 
-CPU time of one thread, medians, on random interactions of two sizes; an epoch is the steps over all training pairs, without the
-validation ranking, which stands in its own column. A step is propagate, draw, score, loss, backward and Adam, at the default settings;
-"draw" is BR-1, "pool" is scoring the pool under both modalities and BR-2. The sampler is also compared with Python loops that draw again
-until the item is new to the user: one as lean as such a loop gets, and one that draws as the MMRec toolbox does, with random.sample.
+CPU time of one thread, medians, on random interactions of two sizes; an epoch is the steps over all
+training pairs, without the validation ranking, which stands in its own column. A step is propagate,
+draw, score, loss, backward and Adam, at the default settings; "draw" is BR-1, "pool" is scoring the
+pool under both modalities and BR-2. The sampler is also compared with Python loops that draw again
+until the item is new to the user: one as lean as such a loop gets, and one that draws as the MMRec
+toolbox does, with random.sample.
 """
 
 import argparse
@@ -24,8 +27,11 @@ from hanorec.brmrs.model import BRMRS, rivals, step_loss
 from hanorec.ranking.full_ranking import Seen, evaluate
 from hanorec.ranking.sampler import NegativeSampler
 
-SIZES = [(943, 1682, 80_000), (50_000, 60_000, 500_000)]  # users, items, training pairs; the first is MovieLens-100K's
-WIDTHS = {"t": 384, "v": 512}  # a small sentence encoder's and a small image encoder's; wider features make a step slower, not the pool
+# users, items, training pairs; the first is MovieLens-100K's
+SIZES = [(943, 1682, 80_000), (50_000, 60_000, 500_000)]
+# a small sentence encoder's and a small image encoder's; wider features make a step slower, not the
+# pool
+WIDTHS = {"t": 384, "v": 512}
 POOLS = (2, 4, 16)
 
 
@@ -57,7 +63,10 @@ def measure(n_users: int, n_items: int, n_pairs: int, rounds: int) -> list[str]:
     """A line of the table for each pool size."""
     users, items = interactions(n_users, n_items, n_pairs)
     base, lines = BrmrsConfig(), []
-    model = BRMRS(n_users, n_items, {m: torch.randn(n_items, width) for m, width in WIDTHS.items()}, users, items, base)
+    model = BRMRS(
+        n_users, n_items, {m: torch.randn(n_items, width) for m, width in WIDTHS.items()}, users,
+        items, base,
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=base.learning_rate)
     sampler, steps = NegativeSampler(users, items, n_users, n_items), -(-n_pairs // base.batch)
     u, i, everyone = users[: base.batch], items[: base.batch], list(range(n_items))
@@ -65,8 +74,12 @@ def measure(n_users: int, n_items: int, n_pairs: int, rounds: int) -> list[str]:
     for user, item in zip(users.tolist(), items.tolist(), strict=True):
         seen[user].add(item)
     emb = model.propagate()
-    targets = torch.stack([torch.arange(n_users), sampler.draw(torch.arange(n_users), 1)[:, 0]])  # one held-out item a user
-    validation = interleaved({"validation": lambda: evaluate(emb, targets, Seen(users, items, n_users), targets[1])}, 1, "cpu")["validation"]
+    # one held-out item a user
+    targets = torch.stack([torch.arange(n_users), sampler.draw(torch.arange(n_users), 1)[:, 0]])
+    validation = interleaved(
+        {"validation": lambda: evaluate(emb, targets, Seen(users, items, n_users), targets[1])}, 1,
+        "cpu",
+    )["validation"]
     for n in POOLS:
         pool, config = sampler.draw(u, n), replace(base, pool=n)
 
@@ -76,25 +89,42 @@ def measure(n_users: int, n_items: int, n_pairs: int, rounds: int) -> list[str]:
             loss.backward()
             optimizer.step()
 
-        t = interleaved({
-            "step": step, "draw": partial(sampler.draw, u, 1 + n), "pool": partial(rivals, emb, u, pool, "cross"),
-            "lean": partial(reject, seen, u, 1 + n, partial(random.randrange, n_items)),
-            "toolbox": partial(reject, seen, u, 1 + n, lambda: random.sample(everyone, 1)[0])}, rounds, "cpu")
-        shares = " | ".join(f"{part / t['step']:.1%}" for part in (t["draw"], t["pool"], t["draw"] + t["pool"]))
-        lines.append(f"{n} | {1e3 * t['step']:.1f} | {steps * t['step']:.2f} | {shares} | {validation:.2f} | {1e3 * t['draw']:.2f} | "
-                     f"{t['lean'] / t['draw']:.1f}x | {t['toolbox'] / t['draw']:.1f}x")
+        t = interleaved(
+            {
+                "step": step,
+                "draw": partial(sampler.draw, u, 1 + n),
+                "pool": partial(rivals, emb, u, pool, "cross"),
+                "lean": partial(reject, seen, u, 1 + n, partial(random.randrange, n_items)),
+                "toolbox": partial(reject, seen, u, 1 + n, lambda: random.sample(everyone, 1)[0]),
+            },
+            rounds, "cpu",
+        )
+        shares = " | ".join(
+            f"{part / t['step']:.1%}" for part in (t["draw"], t["pool"], t["draw"] + t["pool"])
+        )
+        lines.append(
+            f"{n} | {1e3 * t['step']:.1f} | {steps * t['step']:.2f} | {shares} | {validation:.2f} "
+            f"| {1e3 * t['draw']:.2f} | {t['lean'] / t['draw']:.1f}x | "
+            f"{t['toolbox'] / t['draw']:.1f}x"
+        )
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, one CPU thread, process time; features of {WIDTHS['t']} (text) and {WIDTHS['v']} (image) numbers, "
-          f"batch {BrmrsConfig().batch}\n\nusers x items, pairs | n | step, ms | epoch, s | draw | pool | both | validation, s | sampler, ms | "
-          "lean loop | toolbox's loop\n" + "---|" * 10 + "---")
+    print(
+        f"torch {torch.__version__}, one CPU thread, process time; features of {WIDTHS['t']} "
+        f"(text) and {WIDTHS['v']} (image) numbers, "
+        f"batch {BrmrsConfig().batch}\n\nusers x items, pairs | n | step, ms | epoch, s | draw | "
+        "pool | both | validation, s | sampler, ms | "
+        "lean loop | toolbox's loop\n" + "---|" * 10 + "---"
+    )
     for n_users, n_items, n_pairs in SIZES:
         for line in measure(n_users, n_items, n_pairs, rounds):
             print(f"{n_users:,} x {n_items:,}, {n_pairs:,} | {line}", flush=True)

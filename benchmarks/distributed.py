@@ -1,11 +1,14 @@
-"""What several processes cost: time and bytes of an optimizer step on 2 processes against 1, at the same global batch.
+"""What several processes cost: time and bytes of an optimizer step on 2 processes against 1, at the
+same global batch.
 
     python benchmarks/distributed.py [--repeats 3]
 
-The demo's base model on Posterland, LoRA r = 8, global batches of 16 rows, gloo on one machine. A run has 12 steps; from the end of the
-second on each step is timed, and a run counts with its median step. CPU time is the sum over the processes; each has one thread. Kinds
-take turns, a ratio is of runs next to each other, and the table has medians over the repeats, of ratios with the smallest and the largest.
-Bytes are what a rank hands to collectives. Wall times want an idle machine with a core for each process.
+The demo's base model on Posterland, LoRA r = 8, global batches of 16 rows, gloo on one machine. A
+run has 12 steps; from the end of the second on each step is timed, and a run counts with its median
+step. CPU time is the sum over the processes; each has one thread. Kinds take turns, a ratio is of
+runs next to each other, and the table has medians over the repeats, of ratios with the smallest and
+the largest. Bytes are what a rank hands to collectives. Wall times want an idle machine with a core
+for each process.
 """
 
 import argparse
@@ -29,26 +32,40 @@ from processes import together
 from hanorec.datasets.posterland import make_posterland
 from hanorec.studies import stages as demo
 
-COMMON = ["--micro-batch", "8", "--accumulation", "2", "--lora-dropout", "0", "--epochs", "1", "--targets-per-user", "1", "--save-every", "1000"]
-KINDS = {"1 process": (1, []), "2 processes": (2, []), "2 processes, --shard": (2, ["--shard", "true"])}
-CALLS = ["all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "all_gather_single"]  # FSDP's is the last, before PyTorch 2.13 the one before
+COMMON = [
+    "--micro-batch", "8", "--accumulation", "2", "--lora-dropout", "0", "--epochs", "1",
+    "--targets-per-user", "1", "--save-every", "1000",
+]
+KINDS = {
+    "1 process": (1, []), "2 processes": (2, []), "2 processes, --shard": (2, ["--shard", "true"])
+}
+# FSDP's is the last, before PyTorch 2.13 the one before
+CALLS = ["all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "all_gather_single"]
 
 
 def counted(tally: list[int]) -> None:
     """From here on `tally` grows by the bytes that this process hands to collectives."""
     def wrap(call: Any, place: int) -> Any:
         def inner(*arguments: Any, **named: Any) -> Any:
-            tensor = arguments[place] if len(arguments) > place else named.get("input_tensor", named.get("input"))
+            tensor = (
+                arguments[place]
+                if len(arguments) > place
+                else named.get("input_tensor", named.get("input"))
+            )
             tally[0] += tensor.numel() * tensor.element_size()
             return call(*arguments, **named)
         return inner
 
     for name in filter(partial(hasattr, dist), CALLS):
-        setattr(dist, name, wrap(getattr(dist, name), 0 if name in ("all_reduce", "broadcast") else 1))
+        setattr(
+            dist, name, wrap(getattr(dist, name), 0 if name in ("all_reduce", "broadcast") else 1)
+        )
 
 
 def run(n: int, script: str, flags: list[str]) -> tuple[float, float, int]:
-    """(wall seconds, CPU seconds of all processes, bytes of one rank) of the median step of a script on n processes."""
+    """(wall seconds, CPU seconds of all processes, bytes of one rank) of the median step of a
+    script on n processes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         def work() -> None:
             tally, ends, module = [0], [], demo.script(script)
@@ -61,22 +78,35 @@ def run(n: int, script: str, flags: list[str]) -> tuple[float, float, int]:
 
             module.append_log = at_the_end_of_a_step
             module.main([*flags, "--out", str(Path(folder) / "out")])
-            (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(np.median(np.diff(ends[1:], axis=0), 0).tolist()))
+            (Path(folder) / f"{dist.get_rank()}.json").write_text(
+                json.dumps(np.median(np.diff(ends[1:], axis=0), 0).tolist())
+            )
 
         sys.stdout.flush()
         if together(n, work) != [0] * n:
             raise SystemExit("a process failed; its traceback is above")
-        walls, cpus, sizes = zip(*(json.loads(path.read_text()) for path in Path(folder).glob("*.json")), strict=True)
+        walls, cpus, sizes = zip(
+            *(json.loads(path.read_text()) for path in Path(folder).glob("*.json")), strict=True
+        )
         return max(walls), sum(cpus), max(sizes)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["TQDM_DISABLE"] = "1"
-    print("stage | | ms a step, wall | CPU, all processes | wall, times 1 process | CPU, times 1 process | bytes a step | times the adapter\n" + "---|" * 7 + "---")
+    print(
+        (
+            "stage | | ms a step, wall | CPU, all processes | wall, times 1 process | CPU, times 1 "
+            "process | bytes a step | times the adapter\n"
+        )
+        + "---|" * 7
+        + "---"
+    )
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         make_posterland(data, users=192)
@@ -88,12 +118,31 @@ def main() -> None:
                 for kind, (n, flags) in KINDS.items():
                     found[kind].append(run(n, script, [*common, *flags]))
             if not found["2 processes, --shard"][0][2] > found["2 processes"][0][2]:
-                raise SystemExit("error: --shard sends no more than without it, expected the gathered layers on top; FSDP calls a collective that CALLS lacks")
+                raise SystemExit(
+                    "error: --shard sends no more than without it, expected the gathered layers "
+                    "on top; FSDP calls a collective that CALLS lacks"
+                )
             for kind, measured in found.items():
-                wall, cpu, size = (statistics.median(values) for values in zip(*measured, strict=True))
-                ratios = [[m[i] / one[i] for m, one in zip(measured, found["1 process"], strict=True)] for i in (0, 1)]
-                shown = [f"{statistics.median(r):.2f} ({min(r):.2f} .. {max(r):.2f})" if kind != "1 process" else "1" for r in ratios]
-                print(f"{script} | {kind} | {1000 * wall:.0f} | {1000 * cpu:.0f} | {' | '.join(shown)} | {size:,.0f} | {size / adapter:.2f}", flush=True)
+                wall, cpu, size = (
+                    statistics.median(values) for values in zip(*measured, strict=True)
+                )
+                ratios = [
+                    [m[i] / one[i] for m, one in zip(measured, found["1 process"], strict=True)]
+                    for i in (0, 1)
+                ]
+                shown = [
+                    f"{statistics.median(r):.2f} ({min(r):.2f} .. {max(r):.2f})"
+                    if kind != "1 process"
+                    else "1"
+                    for r in ratios
+                ]
+                print(
+                    (
+                        f"{script} | {kind} | {1000 * wall:.0f} | {1000 * cpu:.0f} | "
+                        f"{' | '.join(shown)} | {size:,.0f} | {size / adapter:.2f}"
+                    ),
+                    flush=True,
+                )
 
 
 def adapter_size(common: list[str]) -> int:

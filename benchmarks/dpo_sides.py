@@ -1,4 +1,6 @@
-"""Both sides of benchmarks/dpo_step.py, from the same weights and pairs: train_dpo.py's step, and that of TRL's DPOTrainer with PEFT."""
+"""Both sides of benchmarks/dpo_step.py, from the same weights and pairs: train_dpo.py's step, and
+that of TRL's DPOTrainer with PEFT.
+"""
 
 import sys
 import tempfile
@@ -10,15 +12,25 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from torch import Tensor
-from toys import Example, ImageTextProcessor, Work, busy_lora, encode, image_processor, load, model, tokenizer
+from toys import (
+    Example,
+    ImageTextProcessor,
+    Work,
+    busy_lora,
+    encode,
+    image_processor,
+    load,
+    model,
+    tokenizer,
+)
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils
 
 from hanorec.hars import pair_beta, responsiveness, reward_gap
 from hanorec.lora.layer import LoRALinear, adapters_off, lora_layers, lora_noise
 from hanorec.losses import dpo_loss, preference_logit
+from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
-from hanorec.mllm.prompts import collate
 from hanorec.scoring import answer_log_probs
 
 BETA, RATE, CLIP, RANK = 0.1, 1e-5, 1.0, 8
@@ -27,8 +39,9 @@ LINEARS = "(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 @dataclass
 class Side:
-    """step(): one whole step. losses: of each step. gradient(): of the LoRA weights, one flat vector, by the layers' names. adapter: the
-    layers that a peer starts from."""
+    """step(): one whole step. losses: of each step. gradient(): of the LoRA weights, one flat
+    vector, by the layers' names. adapter: the layers that a peer starts from.
+    """
 
     step: Callable[[], None]
     losses: list[float]
@@ -36,16 +49,20 @@ class Side:
     adapter: dict[str, LoRALinear] | None = None
 
 
-def ours(work: Work, made: list[Example], device: str, cached: bool = False, clean: bool = False, sigma: float = 0.0,
-         tower: bool = False, prepared: bool = False) -> Side:
-    """train_dpo.py's step. clean: HaRS's extra pass and its weights; sigma: NoDO's noise; tower: encode the images in each step, which
-    train_dpo.py does once; prepared: collated beforehand."""
+def ours(
+    work: Work, made: list[Example], device: str, cached: bool = False, clean: bool = False,
+    sigma: float = 0.0, tower: bool = False, prepared: bool = False,
+) -> Side:
+    """train_dpo.py's step. clean: HaRS's extra pass and its weights; sigma: NoDO's noise; tower:
+    encode the images in each step, which train_dpo.py does once; prepared: collated beforehand.
+    """
     backbone, rows, pictures = load(work, made, device)
     policy = backbone.model
     layers = busy_lora(policy, RANK)
     trained = [weight for layer in layers for weight in (layer.A, layer.B)]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    noise, lam = torch.Generator(device).manual_seed(0), torch.linspace(0.5, 0.8, len(rows), device=device)
+    noise = torch.Generator(device).manual_seed(0)
+    lam = torch.linspace(0.5, 0.8, len(rows), device=device)
     batch = collate(backbone, rows, pictures) if prepared else None
     losses: list[float] = []
 
@@ -76,42 +93,67 @@ def ours(work: Work, made: list[Example], device: str, cached: bool = False, cle
 
     def gradient() -> Tensor:
         found = lora_layers(policy)
-        return torch.cat([getattr(found[name], side).grad.flatten().cpu() for name in sorted(found) for side in "AB"])
+        return torch.cat([
+            getattr(found[name], side).grad.flatten().cpu()
+            for name in sorted(found)
+            for side in "AB"
+        ])
 
     return Side(step, losses, gradient, lora_layers(policy))
 
 
-def theirs(work: Work, made: list[Example], device: str, adapter: dict[str, LoRALinear] | None = None, cached: bool = False,
-        answers_only: bool = False, prepared: bool = False) -> Side:
-    """TRL's own step: its collator, its training_step (loss, metrics, backward), clip and optimizer. adapter: LoRA weights to start from.
+def theirs(
+    work: Work, made: list[Example], device: str, adapter: dict[str, LoRALinear] | None = None,
+    cached: bool = False, answers_only: bool = False, prepared: bool = False,
+) -> Side:
+    """TRL's own step: its collator, its training_step (loss, metrics, backward), clip and
+    optimizer. adapter: LoRA weights to start from.
 
-    answers_only: score the answers' positions alone, which TRL itself does only where it finds Triton.
+    answers_only: score the answers' positions alone, which TRL itself does only where it finds
+    Triton.
     """
     disable_progress_bars()
-    pairs: list[dict[str, Any]] = [{"prompt": e.prompt, "chosen": e.answers[0], "rejected": e.answers[1]} for e in made]
+    pairs: list[dict[str, Any]] = [
+        {"prompt": e.prompt, "chosen": e.answers[0], "rejected": e.answers[1]} for e in made
+    ]
     processing: Any = tokenizer(work.vocabulary)
     if work.vision:
         pairs = [pair | {"images": e.images} for pair, e in zip(pairs, made, strict=True)]
         processing = ImageTextProcessor(image_processor(), processing)
     config = DPOConfig(
-        tempfile.gettempdir(), per_device_train_batch_size=len(pairs), beta=BETA, learning_rate=RATE, max_grad_norm=CLIP, optim="adamw_torch",
-        weight_decay=0.0, bf16=False, use_cpu=device == "cpu", activation_checkpointing=False, max_length=None, report_to="none",
-        precompute_ref_log_probs=cached)
-    lora = LoraConfig(r=RANK, lora_alpha=32, lora_dropout=0.0, target_modules=rf"^(?!.*visual).*\.{LINEARS}$", task_type="CAUSAL_LM")
-    trainer = DPOTrainer(model(work), args=config, train_dataset=Dataset.from_list(pairs), processing_class=processing, peft_config=lora)
+        tempfile.gettempdir(), per_device_train_batch_size=len(pairs), beta=BETA,
+        learning_rate=RATE, max_grad_norm=CLIP, optim="adamw_torch", weight_decay=0.0, bf16=False,
+        use_cpu=device == "cpu", activation_checkpointing=False, max_length=None, report_to="none",
+        precompute_ref_log_probs=cached,
+    )
+    lora = LoraConfig(
+        r=RANK, lora_alpha=32, lora_dropout=0.0, target_modules=rf"^(?!.*visual).*\.{LINEARS}$",
+        task_type="CAUSAL_LM",
+    )
+    trainer = DPOTrainer(
+        model(work), args=config, train_dataset=Dataset.from_list(pairs),
+        processing_class=processing, peft_config=lora,
+    )
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # what trainer.train() sets
     wrapped, optimizer = trainer.model, trainer.optimizer
     sides = {name.removeprefix("base_model.model.").replace(".default.weight", ""): weight
-             for name, weight in wrapped.named_parameters() if weight.requires_grad}  # ...q_proj.lora_A
+             # ...q_proj.lora_A
+             for name, weight in wrapped.named_parameters() if weight.requires_grad}
     for name, layer in (adapter or {}).items():
         with torch.no_grad():
             sides[f"{name}.lora_A"].copy_(layer.A)
             sides[f"{name}.lora_B"].copy_(layer.B)
     if adapter and len(sides) != 2 * len(adapter):
-        sys.exit(f"error: PEFT trains {len(sides)} weights, hanorec {2 * len(adapter)}, expected as many")
-    if not work.vision:  # TRL tokenises a text data set beforehand, and a vision one in its collator
-        names = ("prompt_ids", "chosen_ids", "rejected_ids", *(("ref_chosen_logps", "ref_rejected_logps") if cached else ()))
+        sys.exit(
+            f"error: PEFT trains {len(sides)} weights, hanorec {2 * len(adapter)}, expected as many"
+        )
+    # TRL tokenises a text data set beforehand, and a vision one in its collator
+    if not work.vision:
+        names = (
+            "prompt_ids", "chosen_ids", "rejected_ids",
+            *(("ref_chosen_logps", "ref_rejected_logps") if cached else ()),
+        )
         pairs = [{name: row[name] for name in names} for row in trainer.train_dataset]
     batch = trainer.data_collator([dict(pair) for pair in pairs]) if prepared else None
     installed, losses = utils._use_triton, []
@@ -124,4 +166,7 @@ def theirs(work: Work, made: list[Example], device: str, adapter: dict[str, LoRA
         trainer.accelerator.clip_grad_norm_(wrapped.parameters(), CLIP).item()
         optimizer.step()
 
-    return Side(step, losses, lambda: torch.cat([sides[name].grad.flatten().cpu() for name in sorted(sides)]))
+    return Side(
+        step, losses,
+        lambda: torch.cat([sides[name].grad.flatten().cpu() for name in sorted(sides)]),
+    )

@@ -1,16 +1,21 @@
 #!/usr/bin/env python3
-"""One step of plain DPO against TRL's DPOTrainer with PEFT: same weights, same pairs, same loss, same update.
+"""One step of plain DPO against TRL's DPOTrainer with PEFT: same weights, same pairs, same loss,
+same update.
 
-    python benchmarks/dpo_step.py text|vision [--vocabulary V] [--prepared] [--tower WIDTH LAYERS] [--rounds N] [--device cuda]
+    python benchmarks/dpo_step.py text|vision [--vocabulary V] [--prepared] [--tower WIDTH LAYERS]
+        [--rounds N] [--device cuda]
 
-text: Qwen2, prompts of 512 tokens. vision: Qwen2.5-VL, 519 tokens of which five images of 224 x 224. Both: 4 pairs, answers of 12
-tokens, LoRA r = 8 on all linears of the language model; sizes in toys.py.
+text: Qwen2, prompts of 512 tokens. vision: Qwen2.5-VL, 519 tokens of which five images of 224 x
+224. Both: 4 pairs, answers of 12 tokens, LoRA r = 8 on all linears of the language model; sizes in
+toys.py.
 
-A step = collate, reference log-probabilities, policy forward, loss, backward, clip, AdamW. live: the reference runs in each step;
-cached: its log-probabilities are known (TRL: precompute_ref_log_probs, which it refuses for images). hanorec keeps the features of the
-images in either case, unless the row says otherwise. The clean pass of HaRS and the noise of NoDO are no part of plain DPO: their rows say what they cost on top.
-"answers only": TRL runs the head on answer positions alone where it finds Triton, and on all positions elsewhere, so on a CPU; these rows
-give it the former there too, and are the ones to judge the method by.
+A step = collate, reference log-probabilities, policy forward, loss, backward, clip, AdamW. live:
+the reference runs in each step; cached: its log-probabilities are known (TRL:
+precompute_ref_log_probs, which it refuses for images). hanorec keeps the features of the images in
+either case, unless the row says otherwise. The clean pass of HaRS and the noise of NoDO are no part
+of plain DPO: their rows say what they cost on top. "answers only": TRL runs the head on answer
+positions alone where it finds Triton, and on all positions elsewhere, so on a CPU; these rows give
+it the former there too, and are the ones to judge the method by.
 """
 
 import argparse
@@ -30,9 +35,12 @@ def build(work: Work, made: list[Example], device: str) -> dict[str, Callable[..
     """Every row of the table."""
     def of(side: Callable[..., Side], **options: Any) -> Callable[..., Side]:
         return lambda **more: side(work, made, device, **options, **more)
-    sides = {"hanorec live": of(ours), "hanorec cached": of(ours, cached=True), "hanorec live + clean pass": of(ours, clean=True),
-             "hanorec live + noise": of(ours, sigma=0.01), "hanorec live + both": of(ours, clean=True, sigma=0.01),
-             "TRL live": of(theirs)}
+    sides = {
+        "hanorec live": of(ours), "hanorec cached": of(ours, cached=True),
+        "hanorec live + clean pass": of(ours, clean=True),
+        "hanorec live + noise": of(ours, sigma=0.01),
+        "hanorec live + both": of(ours, clean=True, sigma=0.01), "TRL live": of(theirs),
+    }
     if work.vision:
         sides = {"hanorec live, images in each step": of(ours, tower=True)} | sides
     if device == "cpu":
@@ -45,41 +53,66 @@ def build(work: Work, made: list[Example], device: str) -> dict[str, Callable[..
 
 
 def check(sides: dict[str, Side]) -> None:
-    """The first step of every plain side: the loss, which is not ln 2, and the gradient of each LoRA weight, after clipping."""
+    """The first step of every plain side: the loss, which is not ln 2, and the gradient of each
+    LoRA weight, after clipping.
+    """
     for side in sides.values():
         side.step()
     first = next(iter(sides.values()))
     print(f"loss of the first step {first.losses[0]:.6f} (ln 2 = 0.693147)")
     for name, side in sides.items():
         if "+" not in name and side is not first:
-            agree(f"loss, {name}", torch.tensor(first.losses[0]), torch.tensor(side.losses[0]), 1e-4)
+            agree(
+                f"loss, {name}", torch.tensor(first.losses[0]), torch.tensor(side.losses[0]), 1e-4
+            )
             agree(f"gradient, {name}", first.gradient(), side.gradient(), 1e-3)
     print()
 
 
 def table(seconds: dict[str, float], floors: dict[str, float], memory: dict[str, float]) -> None:
     peers = [name for name in seconds if name.startswith("TRL")]
-    print("| step | seconds | times its floor | peak memory, MB | " + " | ".join(f"{peer} / this" for peer in peers) + " |")
+    print(
+        "| step | seconds | times its floor | peak memory, MB | "
+        + " | ".join(f"{peer} / this" for peer in peers)
+        + " |"
+    )
     print("|---" * (4 + len(peers)) + "|")
     for name, time in seconds.items():
         ratios = ["" if name in peers else f"{seconds[peer] / time:.2f}" for peer in peers]
-        print(f"| {name} | {time:.3f} | {time / floors[name]:.2f} | {memory[name]:.0f} | " + " | ".join(ratios) + " |")
+        print(
+            f"| {name} | {time:.3f} | {time / floors[name]:.2f} | {memory[name]:.0f} | "
+            + " | ".join(ratios)
+            + " |"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=["text", "vision"])
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--prepared", action="store_true", help="leave the collators out on both sides")
-    parser.add_argument("--tower", type=int, nargs=2, default=[160, 5], metavar=("WIDTH", "LAYERS"), help="the vision tower's")
-    parser.add_argument("--memory", metavar="SIDE", help="measure the peak of one step of this side alone")
+    parser.add_argument(
+        "--prepared", action="store_true", help="leave the collators out on both sides"
+    )
+    parser.add_argument(
+        "--tower", type=int, nargs=2, default=[160, 5], metavar=("WIDTH", "LAYERS"),
+        help="the vision tower's",
+    )
+    parser.add_argument(
+        "--memory", metavar="SIDE", help="measure the peak of one step of this side alone"
+    )
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries that call one another's old names
-    work = Work(vision=args.kind == "vision", vocabulary=args.vocabulary, prompt=519 if args.kind == "vision" else 512,
-                vision_width=args.tower[0], vision_layers=args.tower[1])
+    # of libraries that call one another's old names
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    work = Work(
+        vision=args.kind == "vision", vocabulary=args.vocabulary,
+        prompt=519 if args.kind == "vision" else 512, vision_width=args.tower[0],
+        vision_layers=args.tower[1],
+    )
     made = examples(work)
     makers = build(work, made, args.device)
     if args.memory:
@@ -97,9 +130,18 @@ def main() -> None:
     rate = gemm_rate(args.device)
     print(f"GEMM 1024: {rate / 1e9:.0f} GFLOP/s")
     train = forward_flops(work, rank=RANK) + forward_flops(work, rank=RANK, backward=True)
-    floors = {name: (train + forward_flops(work) * ("cached" not in name) + forward_flops(work, rank=RANK) * ("clean" in name or "both" in name))
-              / rate for name in sides}
-    seconds = interleaved({name: side.step for name, side in sides.items()}, args.rounds, args.device)
+    floors = {
+        name: (
+            train
+            + forward_flops(work) * ("cached" not in name)
+            + forward_flops(work, rank=RANK) * ("clean" in name or "both" in name)
+        )
+        / rate
+        for name in sides
+    }
+    seconds = interleaved(
+        {name: side.step for name, side in sides.items()}, args.rounds, args.device
+    )
     table(seconds, floors, memory)
 
 

@@ -1,10 +1,13 @@
-"""SFT and DPO on random weights of published shapes: tokens a second and peak memory, beside the README's arithmetic.
+"""SFT and DPO on random weights of published shapes: tokens a second and peak memory, beside the
+README's arithmetic.
 
-    python benchmarks/gpu.py make 3B MODEL                                        once: the checkpoint, random bfloat16 weights
-    torchrun --nproc-per-node 1 benchmarks/gpu.py run MODEL OUT [any flag of train_sft.py, as --shard true or --checkpointing true]
+    python benchmarks/gpu.py make 3B MODEL    once: the checkpoint, random bfloat16 weights
+    torchrun --nproc-per-node 1 benchmarks/gpu.py run MODEL OUT
+        [any flag of train_sft.py, as --shard true or --checkpointing true]
 
-Sizes: 2B, 3B, 7B (Qwen2-VL-2B, Qwen2.5-VL-3B, -7B), and tiny for a CPU. The data are Posterland's: 5 films of history, 10 candidates, 15 images of
-64 tokens; only lengths matter here. Each stage does 12 optimizer steps of 4 x 2 rows, of which the first two are not timed.
+Sizes: 2B, 3B, 7B (Qwen2-VL-2B, Qwen2.5-VL-3B, -7B), and tiny for a CPU. The data are Posterland's:
+5 films of history, 10 candidates, 15 images of 64 tokens; only lengths matter here. Each stage does
+12 optimizer steps of 4 x 2 rows, of which the first two are not timed.
 """
 
 import argparse
@@ -17,7 +20,12 @@ from typing import Any
 
 import torch
 from sizes import MICRO, MODELS, activations, in_layers
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen2VLImageProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessor,
+)
 
 from hanorec.base.distributed import world_size
 from hanorec.base.files import claim_folder, read_object, write_json
@@ -25,13 +33,22 @@ from hanorec.datasets.posterland import make_posterland, words
 from hanorec.studies import stages as demo
 from hanorec.studies.tiny import make_checkpoint
 
-SHAPES = {"2B": ("Qwen2-VL-2B", 12, 151_936), "3B": ("Qwen2.5-VL-3B", 16, 151_936), "7B": ("Qwen2.5-VL-7B", 28, 152_064)}  # published name, heads, vocabulary
+# published name, heads, vocabulary
+SHAPES = {
+    "2B": ("Qwen2-VL-2B", 12, 151_936), "3B": ("Qwen2.5-VL-3B", 16, 151_936),
+    "7B": ("Qwen2.5-VL-7B", 28, 152_064),
+}
 STEPS, SKIPPED = 12, 2
-FLAGS = ["--max-pixels", str(224 * 224), "--micro-batch", str(MICRO), "--accumulation", "2", "--epochs", "1", "--targets-per-user", "1", "--lora-dropout", "0"]
+FLAGS = [
+    "--max-pixels", str(224 * 224), "--micro-batch", str(MICRO), "--accumulation", "2",
+    "--epochs", "1", "--targets-per-user", "1", "--lora-dropout", "0",
+]
 
 
 def make(size: str, out: Path) -> None:
-    """A checkpoint folder: tokenizer and template of hanorec.tiny, configuration and number of weights of the published model."""
+    """A checkpoint folder: tokenizer and template of hanorec.tiny, configuration and number of
+    weights of the published model.
+    """
     family = "qwen2_vl" if size == "2B" else "qwen2_5_vl"
     make_checkpoint(family, claim_folder(out), words())
     facts: dict[str, Any] = {"layers": 2, "width": 64, "kv": 32, "mlp": 192}
@@ -40,26 +57,51 @@ def make(size: str, out: Path) -> None:
         _, _, layers, width, kv, mlp = MODELS[name]
         facts = {"layers": layers, "width": width, "kv": kv, "mlp": mlp}
         config = json.loads((out / "config.json").read_text())
-        text = config["text_config"] | {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads,
-                                        "num_key_value_heads": kv * heads // width, "vocab_size": vocabulary, "max_position_embeddings": 32768,
-                                        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+        text = config["text_config"] | {
+            "hidden_size": width,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv * heads // width,
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]
+            },
+        }
         text.pop("layer_types", None)
-        vision = {"depth": 32, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
-        vision |= ({"embed_dim": 1280, "hidden_size": width, "mlp_ratio": 4} if size == "2B" else
-                   {"hidden_size": 1280, "out_hidden_size": width, "intermediate_size": 3420, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]})
+        vision = {
+            "depth": 32, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        }
+        vision |= (
+            {"embed_dim": 1280, "hidden_size": width, "mlp_ratio": 4}
+            if size == "2B"
+            else {
+                "hidden_size": 1280, "out_hidden_size": width, "intermediate_size": 3420,
+                "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+            }
+        )
         kind = Qwen2VLConfig if size == "2B" else Qwen2_5_VLConfig
         tokens = {key: value for key, value in config.items() if key.endswith("_token_id")}
         tied = size != "7B"
-        config = kind(text_config=text | {"tie_word_embeddings": tied}, vision_config=vision, tie_word_embeddings=tied, **tokens)
+        config = kind(
+            text_config=text | {"tie_word_embeddings": tied}, vision_config=vision,
+            tie_word_embeddings=tied, **tokens,
+        )
         AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
         pixels = {"shortest_edge": 224 * 224, "longest_edge": 224 * 224}
-        Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2, size=pixels).save_pretrained(out)
+        Qwen2VLImageProcessor(
+            patch_size=14, merge_size=2, temporal_patch_size=2, size=pixels
+        ).save_pretrained(out)
     write_json(out / "shape.json", facts)
     print(f"wrote {out}")
 
 
 def measure(script: Any, argv: list[str]) -> tuple[float, float, int]:
-    """(seconds a step, peak bytes of this process's GPU, tokens of the whole batch's rows) of a training script."""
+    """(seconds a step, peak bytes of this process's GPU, tokens of the whole batch's rows) of a
+    training script.
+    """
     times, tokens, log, collate = [], [0], script.append_log, script.collate
 
     def timed(path: Path, record: dict[str, Any]) -> None:
@@ -75,12 +117,16 @@ def measure(script: Any, argv: list[str]) -> tuple[float, float, int]:
         torch.cuda.reset_peak_memory_stats()
     script.main(argv)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return (times[-1] - times[SKIPPED - 1]) / (len(times) - SKIPPED), peak, tokens[0] // len(times) * world_size()
+    return (
+        (times[-1] - times[SKIPPED - 1]) / (len(times) - SKIPPED), peak,
+        tokens[0] // len(times) * world_size(),
+    )
 
 
 def run(model: Path, out: Path, flags: list[str]) -> None:
     facts, data = json.loads((model / "shape.json").read_text()), out / "data"
-    speaks = int(os.environ.get("RANK", "0")) == 0  # the scripts, which join the ranks, have yet to start
+    # the scripts, which join the ranks, have yet to start
+    speaks = int(os.environ.get("RANK", "0")) == 0
     if speaks and not (data / "dataset.json").exists():
         shutil.rmtree(data, ignore_errors=True)
         make_posterland(data, users=STEPS * MICRO * 2)
@@ -89,22 +135,40 @@ def run(model: Path, out: Path, flags: list[str]) -> None:
     shape = (facts["layers"], facts["width"], facts["kv"], facts["mlp"])
     common = ["--model", str(model), "--data", str(data), *FLAGS, *flags]
     if speaks:
-        print("stage | processes | s a step | tokens a second | TFLOP/s, forwards and backwards | peak memory, GB | weights + activations by the README's arithmetic, GB\n"
-              + "---|" * 6 + "---", flush=True)
+        print(
+            (
+                "stage | processes | s a step | tokens a second | TFLOP/s, forwards and backwards "
+                "| peak memory, GB | weights + activations by the README's arithmetic, GB\n"
+            )
+            + "---|" * 6
+            + "---",
+            flush=True,
+        )
     for stage, passes in (("train_sft", 4), ("train_dpo", 6)):
         seconds, peak, tokens = measure(demo.script(stage), [*common, "--out", str(out / stage)])
         settings = read_object(out / stage / "run.json")["settings"]
         weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         weights -= 2 * in_layers(*shape) * (1 - 1 / world_size()) if settings["shard"] else 0
         rows = min(MICRO, -(-MICRO * 2 // world_size()))  # of this process, in a micro-batch
-        kept = rows * tokens / (MICRO * 2) * activations(facts["layers"], facts["width"], facts["mlp"], settings["checkpointing"])
+        kept = (
+            rows
+            * tokens
+            / (MICRO * 2)
+            * activations(facts["layers"], facts["width"], facts["mlp"], settings["checkpointing"])
+        )
         if speaks:
-            print(f"{stage} | {world_size()} | {seconds:.2f} | {tokens / seconds:,.0f} | {passes * in_layers(*shape) * tokens / seconds / 1e12:.4g} | {peak / 1e9:.1f} | "
-                  f"{weights / 1e9:.1f} + {kept / 1e9:.1f}", flush=True)
+            print(
+                f"{stage} | {world_size()} | {seconds:.2f} | {tokens / seconds:,.0f} | "
+                f"{passes * in_layers(*shape) * tokens / seconds / 1e12:.4g} | {peak / 1e9:.1f} | "
+                f"{weights / 1e9:.1f} + {kept / 1e9:.1f}",
+                flush=True,
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     making, running = commands.add_parser("make"), commands.add_parser("run")
     making.add_argument("size", choices=[*SHAPES, "tiny"])

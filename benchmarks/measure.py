@@ -1,7 +1,9 @@
-"""What the benchmarks against peers share: CPU seconds of both sides in turn, agreement before any ratio, the floor, peak memory.
+"""What the benchmarks against peers share: CPU seconds of both sides in turn, agreement before any
+ratio, the floor, peak memory.
 
-Time is the process's CPU time on one thread (on a GPU the wall clock, synchronised). Each round runs every side once, so that a slow
-minute of the machine meets all of them; the first round is a warm-up; the table shows medians.
+Time is the process's CPU time on one thread (on a GPU the wall clock, synchronised). Each round
+runs every side once, so that a slow minute of the machine meets all of them; the first round is a
+warm-up; the table shows medians.
 """
 
 import gc
@@ -47,11 +49,16 @@ def interleaved(sides: Sides, rounds: int, device: str) -> dict[str, float]:
 
 
 def agree(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    """Print how far apart both sides' results are, relative to the largest entry; no ratio is worth printing beyond the tolerance."""
+    """Print how far apart both sides' results are, relative to the largest entry; no ratio is worth
+    printing beyond the tolerance.
+    """
     apart = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     print(f"{what}: apart by {apart:.1e} of the largest (allowed {tolerance:.0e})")
     if not apart <= tolerance:
-        sys.exit(f"error: {what} differ, so both sides do not compute the same thing; no ratio is printed")
+        sys.exit(
+            f"error: {what} differ, so both sides do not compute the same thing; no ratio is "
+            "printed"
+        )
 
 
 def gemm_rate(device: str, n: int = 1024) -> float:
@@ -70,10 +77,13 @@ def gemm_rate(device: str, n: int = 1024) -> float:
 def peak_memory(command: list[str]) -> float:
     """MB that `command`, in a process of its own, prints as the last word of its last line.
 
-    There glibc gives every freed tensor back at once: what it keeps for later use varies between equal runs by a third.
+    There glibc gives every freed tensor back at once: what it keeps for later use varies between
+    equal runs by a third.
     """
     own = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=own)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, env=own
+    )
     if done.returncode:
         sys.exit(f"error: {' '.join(command)} failed:\n{done.stderr}")
     return float(done.stdout.split()[-1])
@@ -82,8 +92,8 @@ def peak_memory(command: list[str]) -> float:
 def measure_memory(side: Callable[[], object], device: str) -> float:
     """MB that one call takes at its peak above what the process holds before it.
 
-    Linux: the resident set's high-water mark, reset before the call. (getrusage's ru_maxrss cannot be reset, and a child process
-    starts with its parent's.)
+    Linux: the resident set's high-water mark, reset before the call. (getrusage's ru_maxrss cannot
+    be reset, and a child process starts with its parent's.)
     """
     if device == "cuda":
         before = torch.cuda.memory_allocated()

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Scoring 10 candidates of 5 to 20 tokens under one prompt of 512, against a forward for each candidate in Transformers.
+"""Scoring 10 candidates of 5 to 20 tokens under one prompt of 512, against a forward for each
+candidate in Transformers.
 
     python benchmarks/scoring.py [--vocabulary V] [--rounds N] [--device cuda]
 
-A score is the sum of the candidate's log-probabilities, its end token included. Both sides start from lists of token ids and run the
-same weights (toys.py).
+A score is the sum of the candidate's log-probabilities, its end token included. Both sides start
+from lists of token ids and run the same weights (toys.py).
 """
 
 import argparse
@@ -16,8 +17,8 @@ from measure import agree, begin, gemm_rate, interleaved, measure_memory, peak_m
 from torch import Tensor
 from toys import Work, examples, forward_flops, load, model
 
+from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
-from hanorec.mllm.prompts import collate
 from hanorec.scoring import answer_log_probs
 
 LENGTHS = [5, 7, 8, 10, 12, 13, 15, 17, 18, 20]
@@ -35,7 +36,11 @@ def build(work: Work, device: str) -> dict[str, Callable[[], Tensor]]:
     def score(ids: list[int], kept: int) -> Tensor:
         """kept: how many positions' logits Transformers computes, 0 = all."""
         n = len(ids) - len(row.prompt)
-        found = theirs(torch.tensor([ids], device=device), use_cache=False, logits_to_keep=kept).logits[0, -n - 1 : -1].log_softmax(-1)
+        found = (
+            theirs(torch.tensor([ids], device=device), use_cache=False, logits_to_keep=kept)
+            .logits[0, -n - 1 : -1]
+            .log_softmax(-1)
+        )
         return found.gather(1, torch.tensor(ids[-n:], device=device)[:, None]).sum()
 
     def full() -> Tensor:
@@ -44,16 +49,23 @@ def build(work: Work, device: str) -> dict[str, Callable[[], Tensor]]:
     def kept() -> Tensor:
         return torch.stack([score(row.prompt + answer, len(answer) + 1) for answer in row.answers])
 
-    return {"hanorec, packed": packed, "10 forwards": full, "10 forwards, logits of the answers alone": kept}
+    return {
+        "hanorec, packed": packed, "10 forwards": full,
+        "10 forwards, logits of the answers alone": kept,
+    }
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--memory", metavar="SIDE", help="measure the peak of one call of this side alone")
+    parser.add_argument(
+        "--memory", metavar="SIDE", help="measure the peak of one call of this side alone"
+    )
     args = parser.parse_args()
     work = Work(prompts=1, vocabulary=args.vocabulary)
     if args.memory:
@@ -70,9 +82,15 @@ def main() -> None:
     floor = forward_flops(work, LENGTHS) / rate
     seconds = interleaved(sides, args.rounds, args.device)
     print(f"\nGEMM 1024: {rate / 1e9:.0f} GFLOP/s; floor {1000 * floor:.0f} ms\n")
-    print("| ten scores | ms | times the floor | peak memory, MB | this / hanorec |\n|---|---|---|---|---|")
+    print(
+        "| ten scores | ms | times the floor | peak memory, MB | this / hanorec |\n"
+        "|---|---|---|---|---|"
+    )
     for name, time in seconds.items():
-        print(f"| {name} | {1000 * time:.0f} | {time / floor:.2f} | {memory[name]:.0f} | {time / seconds['hanorec, packed']:.2f} |")
+        print(
+            f"| {name} | {1000 * time:.0f} | {time / floor:.2f} | {memory[name]:.0f} | "
+            f"{time / seconds['hanorec, packed']:.2f} |"
+        )
 
 
 if __name__ == "__main__":

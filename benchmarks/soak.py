@@ -1,7 +1,8 @@
 """Does memory stay flat over a long run? python benchmarks/soak.py OUT [--steps 200]
 
-Trains HaNoRec (noise, checkpoints every 10 steps, cached reference) on Posterland with the demo's base model and prints the resident
-memory of the process by step, after the first 20 that warm it up: the curve is flat if its slope is within its own scatter.
+Trains HaNoRec (noise, checkpoints every 10 steps, cached reference) on Posterland with the demo's
+base model and prints the resident memory of the process by step, after the first 20 that warm it
+up: the curve is flat if its slope is within its own scatter.
 """
 
 import argparse
@@ -23,7 +24,9 @@ def resident() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
@@ -32,13 +35,19 @@ def main() -> None:
     train_dpo, memory = script("train_dpo"), []
     write = train_dpo.append_log
     train_dpo.append_log = lambda path, record: (write(path, record), memory.append(resident()))
-    train_dpo.main(["--model", str(BASE), "--data", str(out / "data"), "--out", str(out / "run"), "--micro-batch", "4", "--accumulation", "2",
-                    "--targets-per-user", "1", "--epochs", "1", "--save-every", "10"])
+    train_dpo.main([
+        "--model", str(BASE), "--data", str(out / "data"), "--out", str(out / "run"),
+        "--micro-batch", "4", "--accumulation", "2", "--targets-per-user", "1", "--epochs", "1",
+        "--save-every", "10",
+    ])
     curve, steps = np.array(memory[WARM:]), np.arange(WARM, len(memory))
     slope, level = np.polyfit(steps, curve, 1)
     scatter = (curve - np.polyval([slope, level], steps)).std()
-    print(f"{len(memory)} steps; resident MB at step {WARM}: {curve[0]:.0f}, in the middle: {np.median(curve):.0f}, at the end: {curve[-1]:.0f}; "
-          f"slope {1000 * slope:+.1f} kB a step, scatter {scatter:.1f} MB")
+    print(
+        f"{len(memory)} steps; resident MB at step {WARM}: {curve[0]:.0f}, in the middle: "
+        f"{np.median(curve):.0f}, at the end: {curve[-1]:.0f}; "
+        f"slope {1000 * slope:+.1f} kB a step, scatter {scatter:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""The Top-K kernel against exact search by faiss (IndexFlatIP) and against plain torch (whole rows of the matrix, then torch.topk).
+"""The Top-K kernel against exact search by faiss (IndexFlatIP) and against plain torch (whole rows
+of the matrix, then torch.topk).
 
-    python benchmarks/topk.py [--rows 41081] [--width 1536] [--k 10] [--dtype float32] [--queries 4096] [--rounds 5] [--device cuda]
+    python benchmarks/topk.py [--rows 41081] [--width 1536] [--k 10] [--dtype float32]
+        [--queries 4096] [--rounds 5] [--device cuda]
 
-Ours answers every row. A peer answers the first --queries rows, and its seconds are scaled to all: each query costs it one pass over
-the rows, however many there are. Neither peer can leave the row itself out, so both are asked for K + 1. faiss: float32 on a CPU
-(`pip install faiss-cpu`). Floor: the products of one half of the symmetric matrix, N^2 d FLOP, at the measured rate of a product.
+Ours answers every row. A peer answers the first --queries rows, and its seconds are scaled to all:
+each query costs it one pass over the rows, however many there are. Neither peer can leave the row
+itself out, so both are asked for K + 1. faiss: float32 on a CPU (`pip install faiss-cpu`). Floor:
+the products of one half of the symmetric matrix, N^2 d FLOP, at the measured rate of a product.
 """
 
 import argparse
@@ -19,7 +22,8 @@ from torch.nn import functional as F
 
 from hanorec.topk import topk_neighbors
 
-ROUNDING = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}  # scores no further apart count as equal: a peer returns them in this type
+# scores no further apart count as equal: a peer returns them in this type
+ROUNDING = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}
 
 
 def unit_rows(args: argparse.Namespace) -> Tensor:
@@ -49,14 +53,17 @@ def plain(e: Tensor, queries: int, k: int) -> Tensor:
 
 
 def without_itself(index: Tensor) -> Tensor:
-    """(Q, K + 1) -> (Q, K): drop the row itself; where copies of it fill the list, the last place."""
+    """(Q, K + 1) -> (Q, K): drop the row itself; where copies of it fill the list, the last place.
+    """
     itself = index == torch.arange(len(index), device=index.device)[:, None]
     itself[:, -1] |= ~itself.any(1)
     return index[~itself].view(len(index), -1)
 
 
 def product_rate(e: Tensor, device: str) -> float:
-    """FLOP/s of a product of well-shaped blocks, the best of five; a CPU multiplies half precision as float32, as ours does."""
+    """FLOP/s of a product of well-shaped blocks, the best of five; a CPU multiplies half precision
+    as float32, as ours does.
+    """
     a = e[: 2048 if device == "cpu" else 8192]
     a = a.float() if device == "cpu" else a
     times = []
@@ -68,7 +75,9 @@ def product_rate(e: Tensor, device: str) -> float:
 
 
 def compare(name: str, e: Tensor, ours: Tensor, theirs: Tensor, tolerance: float) -> str:
-    """Rows whose sets differ, and how many of those by more than rounding: the scores in float64, sorted, are apart."""
+    """Rows whose sets differ, and how many of those by more than rounding: the scores in float64,
+    sorted, are apart.
+    """
     theirs = without_itself(theirs)
     rows = (ours.sort(1).values != theirs.sort(1).values).any(1).nonzero()[:, 0]
     wide = e[rows].double()
@@ -78,26 +87,39 @@ def compare(name: str, e: Tensor, ours: Tensor, theirs: Tensor, tolerance: float
 
     beyond = int(((scores(ours) - scores(theirs)).abs() > tolerance).any(1).sum())
     if beyond:
-        sys.exit(f"error: {beyond} of {len(theirs)} rows have other neighbours than {name} finds, beyond rounding; no ratio is printed")
+        sys.exit(
+            f"error: {beyond} of {len(theirs)} rows have other neighbours than {name} finds, "
+            "beyond rounding; no ratio is printed"
+        )
     return f"{len(rows)} of {len(theirs)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=41_081)
     parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--dtype", choices=list(ROUNDING), default="float32")
-    parser.add_argument("--block", type=int, help="rows of a block of ours; default: the kernel's own")
+    parser.add_argument(
+        "--block", type=int, help="rows of a block of ours; default: the kernel's own"
+    )
     parser.add_argument("--queries", type=int, default=4096, help="rows that a peer answers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--memory", metavar="SIDE", help="measure the peak memory of this side alone, beside the rows")
+    parser.add_argument(
+        "--memory", metavar="SIDE",
+        help="measure the peak memory of this side alone, beside the rows",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     queries = min(args.queries, args.rows)
     e = unit_rows(args)
-    sides: dict[str, Any] = {"hanorec": lambda: topk_neighbors(e, args.k, args.block), "torch": lambda: plain(e, queries, args.k)}
+    sides: dict[str, Any] = {
+        "hanorec": lambda: topk_neighbors(e, args.k, args.block),
+        "torch": lambda: plain(e, queries, args.k),
+    }
     if args.device == "cpu" and args.dtype == "float32":
         make, search = faiss_sides(e, queries, args.k)
         if args.memory == "faiss":
@@ -109,25 +131,38 @@ def main() -> None:
         print(measure_memory(sides[args.memory], args.device))
         return
 
-    where = torch.cuda.get_device_name() if args.device == "cuda" else "one CPU thread, process time"
-    print(f"{args.rows:,} x {args.width} {args.dtype}, K = {args.k}; {where}; medians of {args.rounds} rounds\n")
+    where = (
+        torch.cuda.get_device_name() if args.device == "cuda" else "one CPU thread, process time"
+    )
+    print(
+        f"{args.rows:,} x {args.width} {args.dtype}, K = {args.k}; {where}; medians of "
+        f"{args.rounds} rounds\n"
+    )
     rate = product_rate(e, args.device)
     results = {name: side() for name, side in sides.items()}
     differ = {name: compare(name, e, results["hanorec"][1][:queries], found, ROUNDING[args.dtype])
               for name, found in results.items() if name != "hanorec"}
     seconds = interleaved(sides, args.rounds, args.device)
     command = [__file__, *sys.argv[1:]]
-    print("| Top-K | rows answered | seconds for all rows | ours is faster | extra memory, MB | rows that differ, all within rounding |")
+    print(
+        "| Top-K | rows answered | seconds for all rows | ours is faster | extra memory, MB | "
+        "rows that differ, all within rounding |"
+    )
     print("|---|---|---|---|---|---|")
     for name, time in seconds.items():
         answered = args.rows if name == "hanorec" else queries
         scaled = time * args.rows / answered
         ratio = "" if name == "hanorec" else f"{scaled / seconds['hanorec']:.2f} times"
         memory = peak_memory([*command, "--memory", name])
-        print(f"| {name} | {answered:,} | {scaled:.2f} | {ratio} | {memory:.0f} | {differ.get(name, '')} |")
+        print(
+            f"| {name} | {answered:,} | {scaled:.2f} | {ratio} | {memory:.0f} | "
+            f"{differ.get(name, '')} |"
+        )
     flops = args.rows**2 * args.width
-    print(f"\nfloor {flops / rate:.2f} s: N^2 d = {flops / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s; "
-          f"hanorec takes {seconds['hanorec'] * rate / flops:.2f} times that")
+    print(
+        f"\nfloor {flops / rate:.2f} s: N^2 d = {flops / 1e12:.2f} TFLOP at {rate / 1e9:.0f} "
+        f"GFLOP/s; hanorec takes {seconds['hanorec'] * rate / flops:.2f} times that"
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""HaNoRec and BR-MRS from scratch in PyTorch. Read the files in the order in which data flows:
+"""HaNoRec and BR-MRS from scratch in PyTorch.
 
-    catalog, interactions, candidates   items, histories, and the ten items to choose from
-    backbone, prompts, items, features  the three MLLMs, tokens, and what the MLLM knows of an item
-    topk, hars                          HN-1 .. HN-8: which pairs are hard, and their beta'
-    lora                                HN-9, HN-10: adapters and their noise
-    losses, scoring, metrics            SFT-1, DPO-1, DPO-2, HN-11, HN-12; EV-1; EV-2 .. EV-4
-    tasks, checkpoint, training,        what the loops of ../train_sft.py and ../train_dpo.py call
-    reference
-    brmrs, brmrs_graph, brmrs_model,    BR-1 .. BR-6 and the loop of ../train_brmrs.py
-    ranking_data, ranking
-    rerank                              both together, in ../evaluate.py
+To understand HaNoRec, read these files after docs/walkthrough.md, in this order:
+
+    losses         SFT-1, DPO-1, DPO-2, HN-11, HN-12
+    topk           HN-3, the Top-K similarity kernel
+    hars           HN-1, HN-2, HN-4 .. HN-8: lambda, eta and beta'
+    lora/layer     HN-9, HN-10: LoRA and its noise
+    ../train_dpo   the loop
+
+scoring (EV-1), metrics (EV-2 .. EV-4) and readings (what else the document may mean) stand beside
+them. The other folders: base (settings, files, processes), datasets, lora (adapter files), mllm
+(the three model families), ranking and brmrs (BR-1 .. BR-6), run (what stands around the loops),
+studies. docs/architecture.md has the plan.
 """

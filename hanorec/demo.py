@@ -2,13 +2,15 @@
 
     python -m hanorec.demo --out DIR [--seeds N]
 
-For each seed: make the data, fine-tune (SFT) on one half of the users, then train on others, which SFT did not see: DPO, HaNoRec
-as documented, its ablations, HaNoRec with standardised lambda and relative noise, and SFT continued, which shows what the added
-users are worth without any preference pair. All are evaluated on the same candidates, beside chance, popularity, the
-bare base model, SFT with the posters shuffled, and the oracle (the probabilities that generated the data).
+For each seed: make the data, fine-tune (SFT) on one half of the users, then train on others, which
+SFT did not see: DPO, HaNoRec as documented, its ablations, HaNoRec with standardised lambda and
+relative noise, and SFT continued, which shows what the added users are worth without any preference
+pair. All are evaluated on the same candidates, beside chance, popularity, the bare base model, SFT
+with the posters shuffled, and the oracle (the probabilities that generated the data).
 
-DIR receives results.json, table.md, plots, and DIR/seed-N with the data and every run. The settings that differ from the published
-ones are in COMMON, SFT and DPO below: the model is a thousand times smaller, so it needs larger steps.
+DIR receives results.json, table.md, plots, and DIR/seed-N with the data and every run. The settings
+that differ from the published ones are COMMON, SFT and DPO in hanorec/studies/stages.py: the model
+is a thousand times smaller, so it needs larger steps.
 """
 
 import argparse
@@ -20,33 +22,40 @@ import torch
 
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
-from hanorec.base.files import claim_folder, read_json, write_json, write_text
-from hanorec.datasets import posterland
-from hanorec.studies.stages import BASE, DPO, SFT, TEST, USERS, add_oracle, collect, run_stages, table, title_table
+from hanorec.base.files import claim_folder, write_json, write_text
+from hanorec.studies.stages import run_seed, table, title_table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--seeds", type=int, default=1, help="how many times all is repeated, data included")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="how many times all is repeated, data included")
     args = parser.parse_args(argv)
     if args.seeds < 1:
         raise InputError(f"--seeds {args.seeds}: expected at least 1")
+
     out, start, cpu = claim_folder(args.out), time.time(), time.process_time()
     found, ambiguous = [], []
     for seed in range(2025, 2025 + args.seeds):
-        here = out / f"seed-{seed}"
-        posterland.make_posterland(here / "data", USERS, seed=seed)
-        run_stages(here, BASE, here / "data", seed, SFT, DPO, TEST, noise="movielens")
-        found.append(collect(here))
-        add_oracle(found[-1], here / "data")
-        ambiguous.append({item["id"]: item["ambiguous"] for item in read_json(here / "data" / "truth.json")["items"]})
+        results, titles = run_seed(out / f"seed-{seed}", seed)
+        found.append(results)
+        ambiguous.append(titles)
+
     text = table(found) + title_table(found, ambiguous)
-    write_json(out / "results.json", {"seeds": found, "seconds": time.time() - start, "cpu_seconds": time.process_time() - cpu,
-                                      "threads": torch.get_num_threads()})
-    spread = "bootstrap 95% intervals over users" if args.seeds == 1 else f"mean and deviation over {args.seeds} seeds"
+    write_json(out / "results.json", {
+        "seeds": found,
+        "seconds": time.time() - start,
+        "cpu_seconds": time.process_time() - cpu,
+        "threads": torch.get_num_threads(),
+    })
+    spread = f"mean and deviation over {args.seeds} seeds"
+    if args.seeds == 1:
+        spread = "bootstrap 95% intervals over users"
     write_text(out / "table.md", f"# Posterland, {spread}\n{text}")
     print(text)
+
     try:
         from hanorec.studies.plots import plot_run
     except ImportError:
@@ -54,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         for path in plot_run(out):
             print(f"wrote {path}")
-    print(f"wrote {out / 'results.json'} and {out / 'table.md'} in {time.time() - start:.0f} s")
+    seconds = time.time() - start
+    print(f"wrote {out / 'results.json'} and {out / 'table.md'} in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

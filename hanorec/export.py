@@ -1,8 +1,11 @@
 """Hand a trained policy on: as one adapter, or merged into the base as a full checkpoint.
 
-    python -m hanorec.export --model MODEL --adapter DPO --out OUT            one adapter with what DPO stands on stacked into it
-    python -m hanorec.export --model MODEL --adapter SFT --adapter DPO --out OUT      the same, each layer named
-    python -m hanorec.export --model MODEL --adapter DPO --out OUT --merge            base + adapter as one model
+    python -m hanorec.export --model MODEL --adapter DPO --out OUT
+        one adapter with what DPO stands on stacked into it
+    python -m hanorec.export --model MODEL --adapter SFT --adapter DPO --out OUT
+        the same, each layer named
+    python -m hanorec.export --model MODEL --adapter DPO --out OUT --merge
+        base + adapter as one model
 """
 
 import argparse
@@ -11,51 +14,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from hanorec.base.command import run
 from hanorec.base.files import claim_folder
-from hanorec.lora.files import attach_adapter, attach_policy, replace_module, save_adapter
-from hanorec.lora.layer import LoRALinear, lora_layers
+from hanorec.lora.files import save_adapter
+from hanorec.lora.loading import attach_adapter, attach_policy
+from hanorec.lora.merge import collapse_adapters, merge_adapters
 from hanorec.mllm.backbone import Backbone
 from hanorec.mllm.load import load_backbone
 from hanorec.run.record import write_run
 
-
-@torch.no_grad()
-def collapse_adapters(model: nn.Module) -> None:
-    r"""Turn a stack into one exact adapter: A = [A1; A2], B = [s1 B1, s2 B2], scale 1, so r = alpha = r1 + r2."""
-    for path, top in lora_layers(model).items():
-        stack = [top]
-        while isinstance(stack[-1].base, LoRALinear):
-            stack.append(stack[-1].base)
-        one = LoRALinear(stack[-1].base, sum(layer.r for layer in stack), sum(layer.r for layer in stack), top.dropout)
-        one.A.copy_(torch.cat([layer.A for layer in reversed(stack)]))
-        one.B.copy_(torch.cat([layer.scale * layer.B for layer in reversed(stack)], 1))
-        replace_module(model, path, one.train(top.training))
-
-
-@torch.no_grad()
-def merge_adapters(model: nn.Module) -> None:
-    r"""Add every adapter of the stack to the base, W + s B A in float32, and remove the LoRALinears."""
-    collapse_adapters(model)
-    for path, layer in lora_layers(model).items():
-        weight = layer.base.weight
-        weight.copy_(weight.to(layer.A.dtype) + layer.scale * layer.B @ layer.A)
-        replace_module(model, path, layer.base)
+COPIED = (".json", ".jinja", ".txt", ".model")  # of a checkpoint, beside its weights
 
 
 def copy_other_files(source: Path, backbone: Backbone, out: Path) -> None:
-    """Tokenizer, template and preprocessor files as the base has them, so that the merged folder loads by itself."""
+    """Tokenizer, template and preprocessor files as the base has them: `out` loads by itself."""
     if source.is_dir():
         for path in source.iterdir():
-            if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and not (out / path.name).exists() \
-                    and not path.name.endswith(".index.json"):
+            index_of_shards = path.name.endswith(".index.json")
+            wanted = path.is_file() and path.suffix in COPIED and not index_of_shards
+            if wanted and not (out / path.name).exists():
                 shutil.copy2(path, out / path.name)
         return
-    if backbone.family == "llava_next":  # the template and the number of tokens per image live in its processor
-        AutoProcessor.from_pretrained(backbone.path, trust_remote_code=False).save_pretrained(out)
+
+    if backbone.family == "llava_next":
+        # the template and the number of tokens per image live in its processor
+        processor = AutoProcessor.from_pretrained(backbone.path, trust_remote_code=False)
+        processor.save_pretrained(out)
     else:
         backbone.tokenizer.save_pretrained(out)
         backbone.image_processor.save_pretrained(out)
@@ -65,26 +51,35 @@ def checkpoint_dtype(path: str) -> str:
     """What the checkpoint's weights are stored in: bfloat16, or float32 for that and all else."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception:  # noqa: BLE001  on a broken file Transformers raises anything; load_backbone says what is wrong with it
+    except Exception:  # noqa: BLE001  of a broken file; load_backbone says what is wrong with it
         return "float32"
     return "bfloat16" if config.dtype == torch.bfloat16 else "float32"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="base checkpoint, folder or hub name")
-    parser.add_argument("--adapter", required=True, action="append", help="one: with what it stands on; several: the stack, bottom first")
+    parser.add_argument(
+        "--adapter", required=True, action="append",
+        help="one: with what it stands on; several: the stack, bottom first")
     parser.add_argument("--out", required=True, help="new folder")
-    parser.add_argument("--merge", action="store_true", help="write a full model instead of an adapter")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                        help="of a merged model; auto: as the checkpoint says; each sum is computed in float32")
+    parser.add_argument(
+        "--merge", action="store_true", help="write a full model instead of an adapter")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+        help="of a merged model; auto: as the checkpoint says; each sum is computed in float32")
     args = parser.parse_args(argv)
+
     dtype = args.dtype if args.dtype != "auto" else checkpoint_dtype(args.model)
-    backbone = load_backbone(args.model, dtype, "cpu", max_pixels=10**9)  # no limit: it would be saved into the config
+    no_limit = 10**9  # a real one would be saved into the config
+    backbone = load_backbone(args.model, dtype, "cpu", max_pixels=no_limit)
     if len(args.adapter) == 1:
         attach_policy(backbone.model, args.adapter[0])
-    for directory in args.adapter if len(args.adapter) > 1 else []:
-        attach_adapter(backbone.model, directory)
+    else:
+        for directory in args.adapter:
+            attach_adapter(backbone.model, directory)
+
     out = claim_folder(args.out)
     if args.merge:
         merge_adapters(backbone.model)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hanorec.base.errors import InputError
 
-# Rows of a block. 992 is a multiple of 32, as the matrix product likes it, and no power of two: with a stride of 1024 numbers the entries
-# of a column share a few cache lines, and reading the block by columns takes five times as long. A GPU needs more work a launch.
+# Rows of a block. 992 is a multiple of 32, as the matrix product likes it, and no power of two:
+# with a stride of 1024 numbers the entries of a column share a few cache lines, and reading the
+# block by columns takes five times as long. A GPU needs more work a launch.
 BLOCK_CPU, BLOCK_GPU = 992, 2976
 
 
@@ -24,14 +25,16 @@ def topk_neighbors(e: Tensor, k: int, block: int | None = None) -> tuple[Tensor,
     Args:
         e: (N, d) unit rows, floating point; any device.
         k: K, 1 <= K <= N - 1.
-        block: rows of a block, 1 or more; default BLOCK_CPU or BLOCK_GPU. Tensors beside e and the results hold 3 block (block + K)
-            numbers at once, about 8 where most rows tie at their K-th place; a CPU widens half-precision rows, two blocks at a time.
+        block: rows of a block, 1 or more; default BLOCK_CPU or BLOCK_GPU. Tensors beside e and the
+            results hold 3 block (block + K) numbers at once, about 8 where most rows tie at their
+            K-th place; a CPU widens half-precision rows, two blocks at a time.
     Returns:
-        scores (N, K) descending, in float32 or wider (products of half-precision rows are summed in float32);
-        index (N, K) int64. Equal scores: the smaller index first.
-        Promised: exactly the K best of the similarities as the matrix product rounds them, whatever the block; one number for
-        s_ij and s_ji; the same answer each time on the same machine and threads. Not promised: how the product rounds. It may
-        round equal rows differently, and otherwise in another block, so scores apart by rounding alone stand in either order.
+        scores (N, K) descending, in float32 or wider (products of half-precision rows are summed in
+        float32); index (N, K) int64. Equal scores: the smaller index first.
+        Promised: exactly the K best of the similarities as the matrix product rounds them, whatever
+        the block; one number for s_ij and s_ji; the same answer each time on the same machine and
+        threads. Not promised: how the product rounds. It may round equal rows differently, and
+        otherwise in another block, so scores apart by rounding alone stand in either order.
     Raises:
         InputError: K or block out of range, or a row that is not finite.
     Source: document 000, section 2.1, HaRS; paper eq. (4).
@@ -44,11 +47,13 @@ def topk_neighbors(e: Tensor, k: int, block: int | None = None) -> tuple[Tensor,
     for i in range(0, n, block):
         for j in range(i, n, block):
             I, J = slice(i, i + block), slice(j, j + block)
-            # HN-3: N_K(i) = \operatorname{top-}K_{j \ne i} s_{ij}, \quad s_{ij} = \langle e_i, e_j \rangle
+            # HN-3: N_K(i) = \operatorname{top-}K_{j \ne i} s_{ij},
+            #       s_{ij} = \langle e_i, e_j \rangle
             s = products(e[I], e[J], wide)  # (b_I, b_J)
             if i == j:  # a pair once, an item with itself never
                 s.masked_fill_(torch.ones_like(s, dtype=torch.bool).tril(), -torch.inf)
-            # In this order each row meets the others by rising index: first those above it, as columns, then those below.
+            # In this order each row meets the others by rising index: first those above it, as
+            # columns, then those below.
             keep_best(best[J], index[J], s.T, i)
             keep_best(best[I], index[I], s, j)
     return best, index
@@ -63,40 +68,51 @@ def block_rows(e: Tensor, block: int | None) -> int:
 
 def first_not_finite(e: Tensor) -> int:
     """The number of the first row that holds NaN or infinity; N where there is none."""
-    broken = ~(e.amin(1).isfinite() & e.amax(1).isfinite())  # (N,); e.isfinite() would take a copy of e
+    broken = ~(e.amin(1).isfinite() & e.amax(1).isfinite())  # (N,); e.isfinite() would copy e
     return int(broken.nonzero()[0]) if broken.any() else len(e)
 
 
 def check(n: int, k: int, broken: int) -> None:
-    """InputError for a K out of range, or where the first row that is not finite is one of the N."""
+    """InputError for a K out of range, or where the first row that is not finite is one of N."""
     if not 1 <= k <= n - 1:
-        raise InputError(f"K = {k} neighbours of {n} items: K must lie in 1 .. {n - 1}; choose a smaller K")
+        raise InputError(
+            f"K = {k} neighbours of {n} items: K must lie in 1 .. {n - 1}; choose a smaller K"
+        )
     if broken < n:
         raise InputError(f"row {broken} of the embeddings is not finite; mend the features")
 
 
 def products(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """a b^T in `wide`; half precision stays so on a GPU, whose products sum in float32, and is widened on a CPU."""
+    """a b^T in `wide`: half precision stays so on a GPU, whose products sum in float32.
+
+    On a CPU it is widened first.
+    """
     if a.is_cuda and a.dtype != wide:
         return torch.mm(a, b.T, out_dtype=wide)
     return a.to(wide) @ b.to(wide).T
 
 
 def keep_best(best: Tensor, index: Tensor, s: Tensor, first: int) -> None:
-    """Merge s (r, c), the scores of the columns first .. first + c - 1, into best and index (r, K), which hold smaller columns alone."""
+    """Merge s (r, c), the scores of columns first .. first + c - 1, into best and index (r, K).
+
+    These hold smaller columns alone.
+    """
     k = best.shape[1]
-    # A row whose K-th score is not beaten stays as it is: an equal score has the larger index. The more rows, the fewer are left.
+    # A row whose K-th score is not beaten stays as it is: an equal score has the larger index. The
+    # more rows, the fewer are left.
     rows = (s.amax(1) > best[:, -1]).nonzero()[:, 0]  # (h,)
-    best[rows], place = _topk_smaller_place_first(torch.cat([best[rows], s[rows]], 1), k)  # (h, K), places in (h, K + c)
-    index[rows] = torch.where(place < k, index[rows].gather(1, place.clamp_max(k - 1)), place - k + first)
+    both = torch.cat([best[rows], s[rows]], 1)  # (h, K + c)
+    best[rows], place = _topk_smaller_place_first(both, k)  # (h, K) each
+    old = index[rows].gather(1, place.clamp_max(k - 1))  # (h, K)
+    index[rows] = torch.where(place < k, old, place - k + first)
 
 
 def _topk_smaller_place_first(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Top-K of each row of more than K, ties to the smaller place, which torch.topk does not promise."""
+    """Top-K of each row of more than K, ties to the smaller place: torch.topk promises no such."""
     value, place = s.topk(k + 1)  # (h, K + 1)
-    cut = value[:, k] == value[:, k - 1]  # rows where a tie straddles the K-th place: the set itself is in doubt
+    cut = value[:, k] == value[:, k - 1]  # a tie straddles the K-th place: the set is in doubt
     if cut.any():
         place[cut] = s[cut].argsort(dim=1, descending=True, stable=True)[:, : k + 1]
-    place = place[:, :k].sort(dim=1).values  # then order the set: by place first, by score second and stably
-    value, order = s.gather(1, place).sort(dim=1, descending=True, stable=True)
+    place = place[:, :k].sort(dim=1).values  # then order the set: by place first, ...
+    value, order = s.gather(1, place).sort(dim=1, descending=True, stable=True)  # ... then by score
     return value, place.gather(1, order)

@@ -1,4 +1,6 @@
-"""What the model-level tests share: a small Posterland, three tiny random checkpoints, and a catalogue with odd images."""
+"""What the model-level tests share: a small Posterland, three tiny random checkpoints, and a
+catalogue with odd images.
+"""
 
 import json
 import os
@@ -7,7 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers: no test may look at the network
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts lie beside the package, they are not part of it
+# Where there is a GPU a fork of this process can run no backward, so no test forks it, anywhere.
+os.register_at_fork(after_in_child=lambda: os._exit(86))
+# the scripts lie beside the package, they are not part of it
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
 import toy
@@ -20,24 +25,31 @@ from hanorec.mllm.items import encode_pictures
 from hanorec.mllm.load import load_backbone
 from hanorec.studies.tiny import make_checkpoint
 
-QWEN_PIXELS = {"shortest_edge": 32 * 32, "longest_edge": 80 * 80}  # a poster is then 2 x 2 tokens, not 1
+# a poster is then 2 x 2 tokens, not 1
+QWEN_PIXELS = {"shortest_edge": 32 * 32, "longest_edge": 80 * 80}
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Folder of a Posterland with 24 users, some titles made longer, so that answers differ in tokens. Training keeps its
-    feature file in it; tests that change anything else in a data folder copy it."""
+    """Folder of a Posterland with 24 users, some titles made longer, so that answers differ in
+    tokens. Training keeps its feature file in it; tests that change anything else in a data folder
+    copy it.
+    """
     folder = tmp_path_factory.mktemp("posterland")
     make_posterland(folder, users=24)
     path = folder / "Posterland_titles.csv"
     header, *lines = path.read_text().splitlines()
-    path.write_text("\n".join([header, *(line + ("", " Again", " Returns Once More")[i % 3] for i, line in enumerate(lines))]) + "\n")
+    endings = ("", " Again", " Returns Once More")
+    longer = [line + endings[i % 3] for i, line in enumerate(lines)]
+    path.write_text("\n".join([header, *longer]) + "\n")
     return folder
 
 
 @pytest.fixture(scope="session")
 def catalog(data, tmp_path_factory):
-    """Posterland's items, of which row 1 has no image, row 2 a wide one and row 3 a tall one: three grids in one prompt."""
+    """Posterland's items, of which row 1 has no image, row 2 a wide one and row 3 a tall one: three
+    grids in one prompt.
+    """
     folder, whole = tmp_path_factory.mktemp("odd"), load_catalog(data)
     images = list(whole.images)
     images[1] = None
@@ -50,7 +62,9 @@ def catalog(data, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make(data, tmp_path_factory):
-    """make(family, **options) -> folder of a new tiny checkpoint whose weights are large enough to tell right from wrong."""
+    """make(family, **options) -> folder of a new tiny checkpoint whose weights are large enough to
+    tell right from wrong.
+    """
     titles = load_catalog(data).titles
 
     def make_one(family, **options):
@@ -86,16 +100,23 @@ def qwen(checkpoints):
 @pytest.fixture(scope="session")
 def gallery(checkpoints, catalog):
     """Family -> image features of the first 30 rows."""
-    return {family: encode_pictures(load_backbone(str(folder), "float32", "cpu"), catalog, range(30))
-            for family, folder in checkpoints.items()}
+    return {
+        family: encode_pictures(load_backbone(str(folder), "float32", "cpu"), catalog, range(30))
+        for family, folder in checkpoints.items()
+    }
 
 
 @pytest.fixture(scope="session")
 def launch(data, checkpoints, tmp_path_factory):
-    """launch(main, *flags) -> (output folder, log, run.json) of a training script on the tiny Qwen2.5-VL and Posterland."""
+    """launch(main, *flags) -> (output folder, log, run.json) of a training script on the tiny
+    Qwen2.5-VL and Posterland.
+    """
     def start(main, *flags):
         out = tmp_path_factory.mktemp("run") / "out"
-        main(["--model", str(checkpoints["qwen2_5_vl"]), "--data", str(data), "--out", str(out), *toy.SHORT, *map(str, flags)])
+        main([
+            "--model", str(checkpoints["qwen2_5_vl"]), "--data", str(data), "--out", str(out),
+            *toy.SHORT, *map(str, flags),
+        ])
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return out, log, json.loads((out / "run.json").read_text())
 

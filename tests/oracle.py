@@ -1,15 +1,16 @@
 r"""Independent oracle: every equation once more, in plain float64 loops.
 
-Written from the documents alone, without sight of the package, so that a mistake has to be made twice to go
-unnoticed. Nothing here is vectorised or fast; each function follows its equation term by term. Arrays or nested lists
-go in, Python floats or float64 arrays come out. The package never imports this file.
+Written from the documents alone, without sight of the package, so that a mistake has to be made
+twice to go unnoticed. Nothing here is vectorised or fast; each function follows its equation term
+by term. Arrays or nested lists go in, Python floats or float64 arrays come out. The package never
+imports this file.
 """
 
 import math
 
 import numpy as np
 
-# ---------------------------------------------------------------------------------------------- elementary functions
+# ----------------------------------------------------------------------------- elementary functions
 
 
 def sigmoid(x):
@@ -63,13 +64,15 @@ def rms(matrix):
     return math.sqrt(average([float(v) ** 2 for row in matrix for v in row]))
 
 
-# ------------------------------------------------------------------------------------------------- losses: SFT and DPO
+# ------------------------------------------------------------------------------ losses: SFT and DPO
 
 
 def sft_loss(logits, labels):
-    """Oracle of SFT-1. logits (B, T, V); labels (B, T), aligned with the input, -100 outside the answer.
+    """Oracle of SFT-1. logits (B, T, V); labels (B, T), aligned with the input, -100 outside the
+    answer.
 
-    The output at position t - 1 predicts token t. Mean over the answer tokens of the whole batch, not over rows.
+    The output at position t - 1 predicts token t. Mean over the answer tokens of the whole batch,
+    not over rows.
     """
     terms = []
     for row_logits, row_labels in zip(logits, labels, strict=True):
@@ -83,10 +86,14 @@ def sft_loss(logits, labels):
 
 
 def answer_log_prob(logits, tokens):
-    """Oracle of the log pi(y|x) in SFT-1, DPO-1 and EV-1. logits (n, V) that predict tokens (n,): sum of log softmax."""
+    """Oracle of the log pi(y|x) in SFT-1, DPO-1 and EV-1. logits (n, V) that predict tokens (n,):
+    sum of log softmax.
+    """
     if len(logits) != len(tokens):
         raise ValueError(f"{len(logits)} rows of logits for {len(tokens)} tokens")
-    return math.fsum(log_softmax(row)[int(token)] for row, token in zip(logits, tokens, strict=True))
+    return math.fsum(
+        log_softmax(row)[int(token)] for row, token in zip(logits, tokens, strict=True)
+    )
 
 
 def preference_logit(policy_w, policy_l, ref_w, ref_l):
@@ -98,7 +105,9 @@ def preference_logit(policy_w, policy_l, ref_w, ref_l):
 
 
 def dpo_loss(h, beta, normalised_by=None):
-    """Oracle of DPO-2 (scalar beta) and HN-11 (one beta a pair): (P,) losses, times normalised_by / beta if given."""
+    """Oracle of DPO-2 (scalar beta) and HN-11 (one beta a pair): (P,) losses, times normalised_by /
+    beta if given.
+    """
     h = [float(v) for v in h]
     betas = [float(beta)] * len(h) if np.ndim(beta) == 0 else [float(b) for b in beta]
     losses = []
@@ -109,23 +118,34 @@ def dpo_loss(h, beta, normalised_by=None):
 
 
 def dpo_slope(h, beta, normalised_by=None):
-    """Derivative of dpo_loss with respect to h, pair by pair: -beta sigma(-beta h), or -beta0 sigma(-beta h)."""
+    """Derivative of dpo_loss with respect to h, pair by pair: -beta sigma(-beta h), or -beta0
+    sigma(-beta h).
+    """
     h = [float(v) for v in h]
     betas = [float(beta)] * len(h) if np.ndim(beta) == 0 else [float(b) for b in beta]
     front = betas if normalised_by is None else [float(normalised_by)] * len(h)
-    return np.array([-f * sigmoid(-b * gap) for f, b, gap in zip(front, betas, h, strict=True)], dtype=np.float64)
+    return np.array(
+        [-f * sigmoid(-b * gap) for f, b, gap in zip(front, betas, h, strict=True)],
+        dtype=np.float64,
+    )
 
 
 def item_embedding(rows):
-    """Oracle of HN-1, default: the mean of the rows (tokens, d) of one title, or of one image -> (d,)."""
-    return np.array([average([row[j] for row in rows]) for j in range(len(rows[0]))], dtype=np.float64)
+    """Oracle of HN-1, default: the mean of the rows (tokens, d) of one title, or of one image ->
+    (d,).
+    """
+    return np.array(
+        [average([row[j] for row in rows]) for j in range(len(rows[0]))], dtype=np.float64
+    )
 
 
-# ----------------------------------------------------------------------------------------- HaRS: embeddings, clusters
+# ----------------------------------------------------------------------- HaRS: embeddings, clusters
 
 
 def fuse(H, X, has_image=None):
-    """Oracle of HN-2: norm(norm(H_i) + norm(X_i)); norm(H_i) for an item without an image. (N, d), (N, d) -> (N, d)."""
+    """Oracle of HN-2: norm(norm(H_i) + norm(X_i)); norm(H_i) for an item without an image. (N, d),
+    (N, d) -> (N, d).
+    """
     fused = []
     for i in range(len(H)):
         text = norm(H[i])
@@ -138,7 +158,8 @@ def fuse(H, X, has_image=None):
 
 
 def topk_neighbors(e, k):
-    """Oracle of HN-3: for each row the k other rows with the largest inner product; ties to the smaller index.
+    """Oracle of HN-3: for each row the k other rows with the largest inner product; ties to the
+    smaller index.
 
     The score used for sorting is the plain float64 inner product, so that equal rows tie exactly.
     """
@@ -157,7 +178,8 @@ def topk_neighbors(e, k):
 def cluster_gap(e, scores, index, chosen, rejected, form="union"):
     """Oracle of HN-4 for one pair: chosen row w, rejected row r (l in the document) -> Delta >= 0.
 
-    union:  softmax over the set {w, r} + N(w) + N(r) of the similarities to w and to r; Euclidean distance; s_jj = 1.
+    union:  softmax over the set {w, r} + N(w) + N(r) of the similarities to w and to r; Euclidean
+            distance; s_jj = 1.
     ranked: softmax of each item's own K scores by rank, members not compared.
     cosine: 1 - <e_w, e_r>, the two items alone.
     """
@@ -179,7 +201,9 @@ def cluster_gap(e, scores, index, chosen, rejected, form="union"):
 
 
 def cluster_gap_with_repeats(e, index, chosen, rejected):
-    """A deliberate mistake for the negative controls: the union of HN-4 as a list, repeated members counted again."""
+    """A deliberate mistake for the negative controls: the union of HN-4 as a list, repeated members
+    counted again.
+    """
     w, r = int(chosen), int(rejected)
     members = [w, r] + [int(j) for j in index[w]] + [int(j) for j in index[r]]
     p_w = softmax([1.0 if j == w else dot(e[w], e[j]) for j in members])
@@ -187,23 +211,25 @@ def cluster_gap_with_repeats(e, index, chosen, rejected):
     return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(p_w, p_l, strict=True)))
 
 
-def hardness(delta, form="sigmoid", mean=None, std=None):
-    """Oracle of HN-5: delta (P,) -> lambda (P,), smaller = harder. std is the population one (divided by P)."""
+def hardness(delta, form="sigmoid"):
+    """Oracle of HN-5: delta (P,) -> lambda (P,), smaller = harder. The deviation is the population
+    one (divided by P).
+    """
     delta = [float(d) for d in delta]
-    m = average(delta) if mean is None else float(mean)
+    m = average(delta)
     if form == "sigmoid":
         lam = [sigmoid(d) for d in delta]
     elif form == "ratio":
         lam = [sigmoid(d) / sigmoid(m) for d in delta]
     elif form == "standardised":
-        s = math.sqrt(average([(d - average(delta)) ** 2 for d in delta])) if std is None else float(std)
+        s = math.sqrt(average([(d - m) ** 2 for d in delta]))
         lam = [2.0 * sigmoid((d - m) / s) for d in delta]
     else:
         raise ValueError(f"form {form!r}")
     return np.array(lam, dtype=np.float64)
 
 
-# ------------------------------------------------------------------------------------- HaRS: responsiveness and weight
+# ------------------------------------------------------------------ HaRS: responsiveness and weight
 
 
 def reward_gap(h, beta0):
@@ -212,7 +238,9 @@ def reward_gap(h, beta0):
 
 
 def kept_values(values, trim=None):
-    """The part of HN-7 that drops extremes: one from each end, or max(1, floor(trim n)) from each end."""
+    """The part of HN-7 that drops extremes: one from each end, or max(1, floor(trim n)) from each
+    end.
+    """
     n = len(values)
     if n < 3:
         raise ValueError(f"{n} pairs: at least 3 are needed")
@@ -223,7 +251,9 @@ def kept_values(values, trim=None):
 
 
 def responsiveness(R, trim=None):
-    """Oracle of HN-7: R (P,) -> eta > 0. R~ = R / mean(R), or R / mean|R| where |mean(R)| <= 1e-8; all zero gives 1."""
+    """Oracle of HN-7: R (P,) -> eta > 0. R~ = R / mean(R), or R / mean|R| where |mean(R)| <= 1e-8;
+    all zero gives 1.
+    """
     R = [float(r) for r in R]
     if len(R) < 3:
         raise ValueError(f"{len(R)} pairs: at least 3 are needed")
@@ -237,36 +267,62 @@ def responsiveness(R, trim=None):
 
 
 def responsiveness_ema(R, running_mean, running_std, trim=None):
-    """Oracle of HN-7, option `ema`: R~ = (R - running mean) / running std; the running mean itself becomes 0."""
+    """Oracle of HN-7, option `ema`: R~ = (R - running mean) / running std; the running mean itself
+    becomes 0.
+    """
     normalised = [(float(r) - float(running_mean)) / float(running_std) for r in R]
     return sigmoid(average(kept_values(normalised, trim))) / sigmoid(0.0)
 
 
+def running_statistics(R, before=None, decay=0.9):
+    """Oracle of HN-7, option `ema`: (mean, variance) of the rewards so far. The first batch sets
+    them; a later one counts for 1 - decay, what was before it for decay. Population variance.
+    """
+    R = [float(r) for r in R]
+    mean = average(R)
+    variance = average([(r - mean) ** 2 for r in R])
+    if before is None:
+        return mean, variance
+    old_mean, old_variance = before
+    return (
+        decay * old_mean + (1.0 - decay) * mean,
+        decay * old_variance + (1.0 - decay) * variance,
+    )
+
+
 def pair_beta(lam, eta, beta0=0.1, floor=1e-6):
     """Oracle of HN-8: beta'_i = max(eta lambda_i beta0, floor)."""
-    return np.array([max(float(eta) * float(v) * float(beta0), float(floor)) for v in lam], dtype=np.float64)
+    return np.array(
+        [max(float(eta) * float(v) * float(beta0), float(floor)) for v in lam], dtype=np.float64
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- NoDO
+# --------------------------------------------------------------------------------------------- NoDO
 
 
 def noise_scale_A(sigma, A):
-    """Oracle of HN-9, `relative`: the noise on A (r, in) has the standard deviation sigma times the RMS of A."""
+    """Oracle of HN-9, `relative`: the noise on A (r, in) has the standard deviation sigma times the
+    RMS of A.
+    """
     return float(sigma) * rms(A)
 
 
 def noise_scale_B(sigma, B, in_features):
-    """Oracle of HN-9, `relative`: sigma times the RMS of B, but at least that of a fresh A = 1 / sqrt(3 in_features).
+    """Oracle of HN-9, `relative`: sigma times the RMS of B, but at least that of a fresh A = 1 /
+    sqrt(3 in_features).
 
-    A fresh A is uniform on +- 1 / sqrt(in_features); the RMS of a uniform variable on +-a is a / sqrt(3).
+    A fresh A is uniform on +- 1 / sqrt(in_features); the RMS of a uniform variable on +-a is a /
+    sqrt(3).
     """
     return float(sigma) * max(rms(B), 1.0 / math.sqrt(3.0 * in_features))
 
 
 def lora_forward(x, W, bias, A, B, scale, noise_A=0, noise_B=0):
-    """Oracle of HN-9 and HN-10: y = W x + bias + scale (B + noise_B) (A + noise_A) x for each row of x.
+    """Oracle of HN-9 and HN-10: y = W x + bias + scale (B + noise_B) (A + noise_A) x for each row
+    of x.
 
-    x (n, in), W (out, in), bias (out,) or None, A (r, in), B (out, r), noise as A and B or a number -> y (n, out).
+    x (n, in), W (out, in), bias (out,) or None, A (r, in), B (out, r), noise as A and B or a number
+    -> y (n, out).
     """
     r, n_in, n_out = len(A), len(A[0]), len(B)
 
@@ -275,7 +331,10 @@ def lora_forward(x, W, bias, A, B, scale, noise_A=0, noise_B=0):
 
     rows = []
     for row in x:
-        inner = [math.fsum(shifted(A, noise_A, k, j) * float(row[j]) for j in range(n_in)) for k in range(r)]
+        inner = [
+            math.fsum(shifted(A, noise_A, k, j) * float(row[j]) for j in range(n_in))
+            for k in range(r)
+        ]
         out = []
         for o in range(n_out):
             base = dot(W[o], row) + (0.0 if bias is None else float(bias[o]))
@@ -286,7 +345,9 @@ def lora_forward(x, W, bias, A, B, scale, noise_A=0, noise_B=0):
 
 
 def kl_divergence(policy_logits, ref_logits):
-    """Oracle of HN-12: exact KL(policy || reference) over the vocabulary, mean over the n positions. Both (n, V)."""
+    """Oracle of HN-12: exact KL(policy || reference) over the vocabulary, mean over the n
+    positions. Both (n, V).
+    """
     terms = []
     for policy_row, ref_row in zip(policy_logits, ref_logits, strict=True):
         log_p, log_q = log_softmax(policy_row), log_softmax(ref_row)
@@ -294,11 +355,13 @@ def kl_divergence(policy_logits, ref_logits):
     return average(terms)
 
 
-# ------------------------------------------------------------------------------------------------------------ metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def rank_of_positive(scores, positive_index):
-    """Oracle of EV-1: 1 + the number of other candidates that score at least as high (ties against the positive)."""
+    """Oracle of EV-1: 1 + the number of other candidates that score at least as high (ties against
+    the positive).
+    """
     rank = 1
     for j, score in enumerate(scores):
         if j != positive_index and float(score) >= float(scores[positive_index]):
@@ -312,7 +375,9 @@ def hit_rate(ranks, k):
 
 
 def ndcg(ranks, k):
-    """Oracle of EV-2: with one positive the ideal DCG is 1, so NDCG@k = 1 / log2(1 + rank) if rank <= k, else 0."""
+    """Oracle of EV-2: with one positive the ideal DCG is 1, so NDCG@k = 1 / log2(1 + rank) if rank
+    <= k, else 0.
+    """
     return average([1.0 / math.log2(1.0 + int(rank)) if int(rank) <= k else 0.0 for rank in ranks])
 
 
@@ -324,7 +389,9 @@ def pairwise_credit(positive, negative):
 
 
 def auc(positive, negative):
-    """Oracle of EV-3 on the ranking task: positive (U,), negative (U, n); mean over users of the pairwise share."""
+    """Oracle of EV-3 on the ranking task: positive (U,), negative (U, n); mean over users of the
+    pairwise share.
+    """
     per_user = []
     for own, others in zip(positive, negative, strict=True):
         per_user.append(average([pairwise_credit(own, other) for other in others]))
@@ -332,12 +399,16 @@ def auc(positive, negative):
 
 
 def binary_auc(scores_pos, scores_neg):
-    """Oracle of EV-3 on the binary task: the pairwise share over all (positive, negative) pairs of rows."""
+    """Oracle of EV-3 on the binary task: the pairwise share over all (positive, negative) pairs of
+    rows.
+    """
     return average([pairwise_credit(p, q) for p in scores_pos for q in scores_neg])
 
 
 def similarity_groups(before, after, groups=10):
-    """Oracle of EV-4: sort by `before`; equal groups (earlier ones larger by one); (mean before, mean after) a group."""
+    """Oracle of EV-4: sort by `before`; equal groups (earlier ones larger by one); (mean before,
+    mean after) a group.
+    """
     n = len(before)
     order = sorted(range(n), key=lambda i: (float(before[i]), i))
     before_means, after_means, start = [], [], 0
@@ -350,16 +421,20 @@ def similarity_groups(before, after, groups=10):
     return np.array(before_means, dtype=np.float64), np.array(after_means, dtype=np.float64)
 
 
-# ------------------------------------------------------------------------------------------------------------ BR-MRS
+# ------------------------------------------------------------------------------------------- BR-MRS
 
 
 def free_items(positives, n_items):
-    """Oracle of BR-1, what may be drawn: the items that are not among the user's positives, in order of id."""
+    """Oracle of BR-1, what may be drawn: the items that are not among the user's positives, in
+    order of id.
+    """
     return [j for j in range(n_items) if j not in {int(p) for p in positives}]
 
 
 def draw_by_rejection(positives, n_items, n, random):
-    """Oracle of BR-1, the textbook way: draw any item until it is not a positive, n times. `random` = random.Random."""
+    """Oracle of BR-1, the textbook way: draw any item until it is not a positive, n times. `random`
+    = random.Random.
+    """
     taken, drawn = {int(p) for p in positives}, []
     while len(drawn) < n:
         j = random.randrange(n_items)
@@ -369,7 +444,9 @@ def draw_by_rejection(positives, n_items, n, random):
 
 
 def hard_negatives(s_v, s_t):
-    """Oracle of BR-2: (B, n), (B, n) scores of the pool -> lists j_v, j_t of the first place of the largest score of each row."""
+    """Oracle of BR-2: (B, n), (B, n) scores of the pool -> lists j_v, j_t of the first place of the
+    largest score of each row.
+    """
     def places(scores):
         found = []
         for row in scores:
@@ -406,22 +483,37 @@ def bpr_loss(gap):
 
 def total_loss(bpr, chns, syn, squared_norm, lambda_h, lambda_s, weight_decay, bpr_weight=1.0):
     """Oracle of BR-6: the sums of the document as means over the batch, each with its weight."""
-    return float(bpr_weight) * average(bpr) + lambda_h * average(chns) + lambda_s * average(syn) + weight_decay * float(squared_norm)
+    return (
+        float(bpr_weight) * average(bpr)
+        + lambda_h * average(chns)
+        + lambda_s * average(syn)
+        + weight_decay * float(squared_norm)
+    )
 
 
 def normalised_adjacency(edges, n):
-    """A with A_ij = A_ji = the weight of edge (i, j, weight), summed if it repeats, then A_ij / sqrt(row sum i * row sum j)."""
+    """A with A_ij = A_ji = the weight of edge (i, j, weight), summed if it repeats, then A_ij /
+    sqrt(row sum i * row sum j).
+    """
     A = np.zeros((n, n))
     for i, j, weight in edges:
         A[i][j] += weight
         A[j][i] += weight
     sums = [math.fsum(row) for row in A]
-    return np.array([[A[i][j] / math.sqrt(sums[i] * sums[j]) if A[i][j] else 0.0 for j in range(n)] for i in range(n)])
+    return np.array([
+        [A[i][j] / math.sqrt(sums[i] * sums[j]) if A[i][j] else 0.0 for j in range(n)]
+        for i in range(n)
+    ])
 
 
 def interaction_graph(pairs, n_users, n_items):
-    """The user-item graph of LightGCN: one edge for each distinct pair (u, i), at u and n_users + i."""
-    return normalised_adjacency([(int(u), n_users + int(i), 1.0) for u, i in sorted({(int(u), int(i)) for u, i in pairs})], n_users + n_items)
+    """The user-item graph of LightGCN: one edge for each distinct pair (u, i), at u and n_users +
+    i.
+    """
+    return normalised_adjacency(
+        [(int(u), n_users + int(i), 1.0) for u, i in sorted({(int(u), int(i)) for u, i in pairs})],
+        n_users + n_items,
+    )
 
 
 def lightgcn(A, x, layers):
@@ -434,8 +526,11 @@ def lightgcn(A, x, layers):
 
 
 def likeness_graph(interacted, features, k, alpha):
-    """e_ij = alpha |O_i & O_j| / |O_i or O_j| + (1 - alpha) mean_m cos(x_i^m, x_j^m); the k largest of each row, ties to the smaller
-    id, only those above 0; symmetric and normalised. interacted: a set of columns a row. features: (N, d_m) a modality."""
+    """e_ij = alpha |O_i & O_j| / |O_i or O_j| + (1 - alpha) mean_m cos(x_i^m, x_j^m).
+
+    The k largest of each row, ties to the smaller id, only those above 0; symmetric and normalised.
+    interacted: a set of columns a row. features: (N, d_m) a modality.
+    """
     def cosine(a, b):
         lengths = math.sqrt(dot(a, a) * dot(b, b))
         return dot(a, b) / lengths if lengths else 0.0
@@ -447,6 +542,7 @@ def likeness_graph(interacted, features, k, alpha):
             if j != i:
                 union = len(interacted[i] | interacted[j])
                 overlap = len(interacted[i] & interacted[j]) / union if union else 0.0
-                row.append((-(alpha * overlap + (1 - alpha) * average([cosine(x[i], x[j]) for x in features])), j))
+                likeness = average([cosine(x[i], x[j]) for x in features])
+                row.append((-(alpha * overlap + (1 - alpha) * likeness), j))
         edges += [(i, j, -negative) for negative, j in sorted(row)[:k] if -negative > 0]
     return normalised_adjacency(edges, n)

@@ -1,4 +1,6 @@
-"""The three families: our forward against Hugging Face's own, packing and padding against the plain path, and negative controls."""
+"""The three families: our forward against Hugging Face's own, packing and padding against the plain
+path, and negative controls.
+"""
 
 import json
 from dataclasses import replace
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from hanorec.base.errors import InputError
-from hanorec.datasets.catalog import read_image
+from hanorec.datasets.images import read_image
 from hanorec.lora.layer import language_model
 from hanorec.mllm.backbone import (
     ATTENTION,
@@ -21,18 +23,23 @@ from hanorec.mllm.backbone import (
     prompt_positions,
     use_segment_attention,
 )
+from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.load import load_backbone
-from hanorec.mllm.prompts import collate
 from hanorec.mllm.tasks import single_answer
 from hanorec.scoring import answer_log_probs, answer_logits
 
-SHIFT = 1e-3  # a negative control moves a log-probability by more than this; honest paths differ by less than 1e-5
-# (and 5e-7 of their size: a sum over an answer is about -60, where neighbouring float32 numbers are 4e-6 apart)
+# a negative control moves a log-probability by more than this; honest paths differ by less than
+# 1e-5
+SHIFT = 1e-3
+# (and 5e-7 of their size: a sum over an answer is about -60, where neighbouring float32 numbers are
+# 4e-6 apart)
 
 
 def own_forward(backbone, rows, images):
-    """Logits (B, T, V) of the family's own forward and attention, pixels in: nothing of ours but the token ids."""
+    """Logits (B, T, V) of the family's own forward and attention, pixels in: nothing of ours but
+    the token ids.
+    """
     texts = [row.prompt + row.answers[0] for row in rows]
     width = max(map(len, texts))
     ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
@@ -48,7 +55,9 @@ def own_forward(backbone, rows, images):
 
 
 def rows_of(backbone, catalog, pictures):
-    """Two rows of different lengths, with one answer each; between them they hold three image shapes and an item without image."""
+    """Two rows of different lengths, with one answer each; between them they hold three image
+    shapes and an item without image.
+    """
     long = toy.ranking_row(backbone, catalog, pictures, (0, 1, 2), (3, 4, 5), (4,), "long")
     short = toy.ranking_row(backbone, catalog, pictures, (6,), (3, 7), (7,), "short")
     assert len(long.prompt) > len(short.prompt) + 10
@@ -61,11 +70,13 @@ def test_forward_equals_hugging_face(backbone, catalog, gallery):
     if backbone.family != "llava_next":
         assert len({tuple(pictures[i].grid.tolist()) for i in (0, 2, 3)}) == 3
     assert len({len(pictures[i].features) for i in (0, 2, 3)}) > 1
-    for part in ([rows[0]], [rows[1]], rows):  # alone, and side by side (theirs padded on the left, ours on the right)
+    # alone, and side by side (theirs padded on the left, ours on the right)
+    for part in ([rows[0]], [rows[1]], rows):
         batch = collate(backbone, part, pictures)
         images = [read_image(catalog.images[i]) for row in part for i in row.images]
         logits = own_forward(backbone, part, images)
-        theirs = torch.cat([logits[b, -len(row.answers[0]) - 1 : -1] for b, row in enumerate(part)])  # (M, V)
+        # (M, V)
+        theirs = torch.cat([logits[b, -len(row.answers[0]) - 1 : -1] for b, row in enumerate(part)])
         with torch.no_grad():
             ours = answer_logits(forward(backbone, batch), batch)
         assert ours.std() > 0.3  # not a flat model, for which everything agrees
@@ -73,7 +84,9 @@ def test_forward_equals_hugging_face(backbone, catalog, gallery):
 
 
 def test_llava_placeholders_equal_its_own_processor(checkpoints, catalog, gallery):
-    """LLaVA-NeXT's processor works without torchvision, so the whole prompt can be compared, image tokens included."""
+    """LLaVA-NeXT's processor works without torchvision, so the whole prompt can be compared, image
+    tokens included.
+    """
     from transformers import AutoProcessor
 
     backbone = load_backbone(str(checkpoints["llava_next"]), "float32", "cpu")
@@ -85,8 +98,11 @@ def test_llava_placeholders_equal_its_own_processor(checkpoints, catalog, galler
             runs.append(token)
     text = backbone.tokenizer.decode(runs, clean_up_tokenization_spaces=False)
     # Neighbouring images would merge in `runs`, but a title stands between any two.
-    theirs = AutoProcessor.from_pretrained(backbone.path)(text=text, images=list(place), add_special_tokens=False)
-    assert sum(token == backbone.image_token for token in theirs["input_ids"][0]) == row.prompt.count(backbone.image_token)
+    theirs = AutoProcessor.from_pretrained(backbone.path)(
+        text=text, images=list(place), add_special_tokens=False
+    )
+    placeholders = sum(token == backbone.image_token for token in theirs["input_ids"][0])
+    assert placeholders == row.prompt.count(backbone.image_token)
 
 
 def test_qwen_placeholders_follow_the_grid(checkpoints, catalog, gallery):
@@ -94,43 +110,61 @@ def test_qwen_placeholders_follow_the_grid(checkpoints, catalog, gallery):
     for family in ("qwen2_vl", "qwen2_5_vl"):
         backbone = load_backbone(str(checkpoints[family]), "float32", "cpu")
         for i in (0, 2, 3):
-            grid = backbone.image_processor(images=[read_image(catalog.images[i])], return_tensors="pt")["image_grid_thw"][0]
-            assert len(gallery[family][i].features) == int(grid.prod()) // backbone.image_processor.merge_size**2
+            images = [read_image(catalog.images[i])]
+            made = backbone.image_processor(images=images, return_tensors="pt")
+            grid = made["image_grid_thw"][0]
+            tokens = int(grid.prod()) // backbone.image_processor.merge_size**2
+            assert len(gallery[family][i].features) == tokens
         row = toy.ranking_row(backbone, catalog, gallery[family])
-        assert row.prompt.count(backbone.image_token) == sum(len(gallery[family][i].features) for i in row.images)
+        assert row.prompt.count(backbone.image_token) == sum(
+            len(gallery[family][i].features) for i in row.images
+        )
         assert row.images == [0, 2, 3, 4, 5]  # row 1 has none
 
 
 @pytest.mark.equation("EV-1", "DPO-1")
 def test_packed_equals_separate(backbone, catalog, gallery):
-    """[prompt | a | b | c] in one row against three forwards: log-probabilities, and gradients of every LoRA weight."""
+    """[prompt | a | b | c] in one row against three forwards: log-probabilities, and gradients of
+    every LoRA weight.
+    """
     pictures = gallery[backbone.family]
     row = toy.ranking_row(backbone, catalog, pictures, answers=(3, 4, 5))
     layers = toy.busy_lora(backbone.model)
-    packed, alone = toy.log_probs(backbone, [row], pictures), toy.log_probs_alone(backbone, row, pictures)
+    packed = toy.log_probs(backbone, [row], pictures)
+    alone = toy.log_probs_alone(backbone, row, pictures)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=5e-7)
-    pull = torch.tensor([[1.0, -1.0, 0.5]])  # different for each answer, so that a mix-up of answers shows
-    ours, theirs = toy.gradients((packed * pull).sum(), layers), toy.gradients((alone * pull).sum(), layers)
+    # different for each answer, so that a mix-up of answers shows
+    pull = torch.tensor([[1.0, -1.0, 0.5]])
+    ours = toy.gradients((packed * pull).sum(), layers)
+    theirs = toy.gradients((alone * pull).sum(), layers)
     assert toy.apart(ours, theirs) < 1e-5
-    assert toy.apart(toy.gradients((toy.log_probs(backbone, [row], pictures) * pull.flip(1)).sum(), layers), theirs) > 0.1
+    mixed = (toy.log_probs(backbone, [row], pictures) * pull.flip(1)).sum()
+    assert toy.apart(toy.gradients(mixed, layers), theirs) > 0.1
 
 
 def test_padding_changes_nothing(backbone, catalog, gallery):
     """Rows of different lengths side by side, plain (no mask) and packed, against each alone."""
     pictures = gallery[backbone.family]
     rows = [toy.ranking_row(backbone, catalog, pictures, (0, 1, 2), (3, 4, 5), (3, 5)),
-            toy.ranking_row(backbone, catalog, pictures, (1,), (8, 9), (8, 9)),  # one image less a candidate, other answers
+            # one image less a candidate, other answers
+            toy.ranking_row(backbone, catalog, pictures, (1,), (8, 9), (8, 9)),
             toy.ranking_row(backbone, catalog, pictures, (4, 5, 6, 7), (10, 11, 12), (12, 10))]
     assert len({len(row.prompt) for row in rows}) == 3
     with torch.no_grad():
         alone = torch.cat([toy.log_probs(backbone, [row], pictures) for row in rows])
-        torch.testing.assert_close(toy.log_probs(backbone, rows, pictures), alone, atol=1e-5, rtol=5e-7)
+        torch.testing.assert_close(
+            toy.log_probs(backbone, rows, pictures), alone, atol=1e-5, rtol=5e-7
+        )
         plain = [single_answer(row, 1) for row in rows]
-        torch.testing.assert_close(toy.log_probs(backbone, plain, pictures)[:, 0], alone[:, 1], atol=1e-5, rtol=5e-7)
+        torch.testing.assert_close(
+            toy.log_probs(backbone, plain, pictures)[:, 0], alone[:, 1], atol=1e-5, rtol=5e-7
+        )
 
 
 def test_negative_controls(backbone, catalog, gallery):
-    """A leaky mask, a wrong start position and swapped images each show, so the agreement above means something."""
+    """A leaky mask, a wrong start position and swapped images each show, so the agreement above
+    means something.
+    """
     pictures = gallery[backbone.family]
     row = toy.ranking_row(backbone, catalog, pictures, (0, 2), (4, 5), (4, 5))
     batch = collate(backbone, [row], pictures)
@@ -148,21 +182,28 @@ def test_negative_controls(backbone, catalog, gallery):
     late = batch.positions.clone()
     late[:, :, len(row.prompt) :] += 3
     assert moved(positions=late).min() > SHIFT
-    running = batch.positions.clone()  # the second answer counts on from the first instead of starting anew
+    # the second answer counts on from the first instead of starting anew
+    running = batch.positions.clone()
     second = len(row.prompt) + len(row.answers[0])
     running[:, :, second:] += len(row.answers[0])
     assert moved(positions=running)[0] == 0 and moved(positions=running)[1] > SHIFT
-    flipped = torch.cat([pictures[i].features for i in (0, 2, 5, 4)])  # the two candidates' posters exchanged
+    # the two candidates' posters exchanged
+    flipped = torch.cat([pictures[i].features for i in (0, 2, 5, 4)])
     assert moved(pictures=flipped).max() > SHIFT
-    if backbone.family != "llava_next":  # 1D positions, as a forward without image grids would take them
+    # 1D positions, as a forward without image grids would take them
+    if backbone.family != "llava_next":
         flat = torch.arange(len(row.prompt)).expand(3, 1, -1)
-        assert moved(positions=torch.cat([flat, batch.positions[:, :, len(row.prompt) :]], 2)).max() > SHIFT
+        flat = torch.cat([flat, batch.positions[:, :, len(row.prompt) :]], 2)
+        assert moved(positions=flat).max() > SHIFT
 
 
 def test_segments_equal_transformers_own_attention(backbone, catalog, gallery):
     """Packed rows under our attention against a row an answer under each of Transformers' own."""
     pictures = gallery[backbone.family]
-    rows = [toy.ranking_row(backbone, catalog, pictures), toy.ranking_row(backbone, catalog, pictures, (6,), (7, 8), (7, 8))]
+    rows = [
+        toy.ranking_row(backbone, catalog, pictures),
+        toy.ranking_row(backbone, catalog, pictures, (6,), (7, 8), (7, 8)),
+    ]
     assert backbone.config.text_config._attn_implementation == ATTENTION
     with torch.no_grad():
         ours = toy.log_probs(backbone, rows, pictures)
@@ -170,7 +211,9 @@ def test_segments_equal_transformers_own_attention(backbone, catalog, gallery):
             language_model(backbone.model).set_attn_implementation(kind)
             assert backbone.config.text_config._attn_implementation == kind
             plain = collate(backbone, rows, pictures, packed=False)
-            torch.testing.assert_close(answer_log_probs(forward(backbone, plain), plain), ours, atol=1e-5, rtol=5e-7)
+            torch.testing.assert_close(
+                answer_log_probs(forward(backbone, plain), plain), ours, atol=1e-5, rtol=5e-7
+            )
 
 
 def test_hidden_states_counts_placeholders(backbone, catalog, gallery):
@@ -178,13 +221,19 @@ def test_hidden_states_counts_placeholders(backbone, catalog, gallery):
     batch = collate(backbone, [toy.ranking_row(backbone, catalog, pictures)], pictures)
     n = len(batch.pictures)
     assert int((batch.ids == backbone.image_token).sum()) == n
-    for wrong in (batch.pictures[:-1], torch.cat([batch.pictures, batch.pictures[:1]]), batch.pictures[:0]):
-        with pytest.raises(ValueError, match=f"{n} image placeholders, {len(wrong)} image features"):
+    for wrong in (
+        batch.pictures[:-1], torch.cat([batch.pictures, batch.pictures[:1]]), batch.pictures[:0]
+    ):
+        with pytest.raises(
+            ValueError, match=f"{n} image placeholders, {len(wrong)} image features"
+        ):
             hidden_states(backbone, batch.ids, batch.positions, batch.mask, wrong)
 
 
 def test_items_without_any_image(backbone, catalog, gallery):
-    """A prompt of titles alone: no placeholder, plain positions, and the family's own text-only forward gives the same."""
+    """A prompt of titles alone: no placeholder, plain positions, and the family's own text-only
+    forward gives the same.
+    """
     bare = replace(catalog, images=(None,) * len(catalog.images))
     row = toy.ranking_row(backbone, bare, {}, answers=(4,))
     assert backbone.image_token not in row.prompt and row.images == []
@@ -192,7 +241,8 @@ def test_items_without_any_image(backbone, catalog, gallery):
     batch = collate(backbone, [row], {})
     ids = torch.tensor([row.prompt + row.answers[0]])
     with torch.no_grad():
-        theirs = backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, batch.columns[0]]
+        theirs = backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        theirs = theirs[:, batch.columns[0]]
         torch.testing.assert_close(forward(backbone, batch), theirs, atol=1e-5, rtol=1e-5)
         # one row with images and one without, side by side
         rows = [row, toy.ranking_row(backbone, catalog, gallery[backbone.family], answers=(4,))]
@@ -213,7 +263,9 @@ def test_batch_of_images_equals_one_by_one(backbone, catalog):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_max_pixels_lowers_the_tokens(checkpoints, catalog, family):
-    """Qwen: an area of 32 x 32 is one token. LLaVA-NeXT: the smallest tiling (28 x 56, two tiles) becomes 28 x 28, one tile."""
+    """Qwen: an area of 32 x 32 is one token. LLaVA-NeXT: the smallest tiling (28 x 56, two tiles)
+    becomes 28 x 28, one tile.
+    """
     image, counts = read_image(catalog.images[2]), {}
     for pixels in (80 * 80, 28 * 28 if family == "llava_next" else 32 * 32):
         backbone = load_backbone(str(checkpoints[family]), "float32", "cpu", max_pixels=pixels)
@@ -222,11 +274,18 @@ def test_max_pixels_lowers_the_tokens(checkpoints, catalog, family):
         assert counts[pixels] * 32 * 32 <= pixels or family == "llava_next"
     low, high = sorted(counts)
     assert counts[low] < counts[high]
-    if family == "llava_next":  # model and processor agree on the tilings, else features and placeholders would part
-        assert backbone.config.image_grid_pinpoints == backbone.image_processor.image_grid_pinpoints == [[28, 28]]
+    # model and processor agree on the tilings, else features and placeholders would part
+    if family == "llava_next":
+        assert (
+            backbone.config.image_grid_pinpoints
+            == backbone.image_processor.image_grid_pinpoints
+            == [[28, 28]]
+        )
     else:
         assert counts[low] == 1
-        with pytest.raises(InputError, match="max_pixels = 1000: .* 1024 pixels; allow at least that many"):
+        with pytest.raises(
+            InputError, match="max_pixels = 1000: .* 1024 pixels; allow at least that many"
+        ):
             load_backbone(str(checkpoints[family]), max_pixels=1000)
 
 
@@ -238,18 +297,25 @@ def test_extreme_images(backbone, size):
 
 
 def test_prompt_positions_of_qwen_by_hand(checkpoints):
-    """Two text tokens, an image of 2 x 3 tokens, one text token. The image starts at 2 in time, height and width; height and
-    width count up inside it; the text after it goes on from the largest position + 1 = 5."""
+    """Two text tokens, an image of 2 x 3 tokens, one text token. The image starts at 2 in time,
+    height and width; height and width count up inside it; the text after it goes on from the
+    largest position + 1 = 5.
+    """
     for family in ("qwen2_vl", "qwen2_5_vl"):
         backbone = load_backbone(str(checkpoints[family]), "float32", "cpu")
         start, end = backbone.around_image()
         ids = [7, *start, *[backbone.image_token] * 6, *end]
         positions = prompt_positions(backbone, ids, [torch.tensor([1, 4, 6])])
-        assert positions.tolist() == [[0, 1, 2, 2, 2, 2, 2, 2, 5], [0, 1, 2, 2, 2, 3, 3, 3, 5], [0, 1, 2, 3, 4, 2, 3, 4, 5]]
+        assert positions.tolist() == [
+            [0, 1, 2, 2, 2, 2, 2, 2, 5],
+            [0, 1, 2, 2, 2, 3, 3, 3, 5],
+            [0, 1, 2, 3, 4, 2, 3, 4, 5],
+        ]
 
 
 def test_loaded_frozen_and_in_eval_mode(backbone):
-    assert not backbone.model.training and not any(p.requires_grad for p in backbone.model.parameters())
+    assert not backbone.model.training
+    assert not any(p.requires_grad for p in backbone.model.parameters())
     assert next(backbone.model.parameters()).dtype == torch.float32
     assert backbone.width == 64 and backbone.context == 4096
 
@@ -290,19 +356,29 @@ def pickled(folder):
     (folder / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize(("change", "parts"), [
-    (remove("config.json"), ["no config.json", "save_pretrained"]),
-    (remove("model.safetensors"), ["cannot be loaded", "safetensors"]),
-    (pickled, ["cannot be loaded", "safetensors"]),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100), ["cannot be loaded", "safetensors"]),
-    (edit("config.json", model_type="gpt2"), ["cannot be loaded", "qwen2_vl, qwen2_5_vl, llava_next"]),
-    (edit("config.json", model_type="nonesuch"), ["cannot be loaded", "nonesuch"]),
-    (remove("preprocessor_config.json"), ["tokenizer or image processor", "copy tokenizer and preprocessor files"]),
-    # Transformers makes an empty tokenizer of a folder without one, which would turn every title into nothing
-    (remove("tokenizer.json", "tokenizer_config.json"), ["the tokenizer has", "expected tokenizer and model of one checkpoint"]),
-    (reweigh(lambda weights: weights.update({Q_PROJ: weights[Q_PROJ][:32].contiguous()})), ["cannot be loaded", "safetensors"]),
-    (edit("tokenizer_config.json", eos_token=None), ["no end token", "set eos_token in tokenizer_config.json"]),
-])
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (remove("config.json"), ["no config.json", "save_pretrained"]),
+        (remove("model.safetensors"), ["cannot be loaded", "safetensors"]),
+        (pickled, ["cannot be loaded", "safetensors"]),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100),
+         ["cannot be loaded", "safetensors"]),
+        (edit("config.json", model_type="gpt2"),
+         ["cannot be loaded", "qwen2_vl, qwen2_5_vl, llava_next"]),
+        (edit("config.json", model_type="nonesuch"), ["cannot be loaded", "nonesuch"]),
+        (remove("preprocessor_config.json"),
+         ["tokenizer or image processor", "copy tokenizer and preprocessor files"]),
+        # Transformers makes an empty tokenizer of a folder without one, which would turn every
+        # title into nothing
+        (remove("tokenizer.json", "tokenizer_config.json"),
+         ["the tokenizer has", "expected tokenizer and model of one checkpoint"]),
+        (reweigh(lambda weights: weights.update({Q_PROJ: weights[Q_PROJ][:32].contiguous()})),
+         ["cannot be loaded", "safetensors"]),
+        (edit("tokenizer_config.json", eos_token=None),
+         ["no end token", "set eos_token in tokenizer_config.json"]),
+    ],
+)
 def test_broken_checkpoints_are_named(make, change, parts):
     folder = broken(make, "qwen2_5_vl", change)
     with pytest.raises(InputError) as caught:
@@ -328,10 +404,20 @@ def test_tokenizer_of_another_checkpoint(make):
 
 def test_another_family(tmp_path):
     """A model that Transformers loads as an image-text model, but of none of the three families."""
-    text = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=3)).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="model type 'llava', expected one of qwen2_vl, qwen2_5_vl, llava_next"):
+    text = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )
+    LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, image_token_index=3)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match="model type 'llava', expected one of qwen2_vl, qwen2_5_vl, llava_next"
+    ):
         load_backbone(str(tmp_path), "float32", "cpu")
 
 

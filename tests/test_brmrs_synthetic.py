@@ -1,9 +1,11 @@
-r"""BR-MRS on small worlds whose truth is known: who likes what is decided by a bit in the text, a bit in the image, both, or their XOR.
+r"""BR-MRS on small worlds whose truth is known: who likes what is decided by a bit in the text, a
+bit in the image, both, or their XOR.
 
-Items are their features alone and there is no graph, so that a branch can know only what its modality shows. A branch score is
-then linear in the features of its modality, and so is s_t + s_v in those of both; no linear score can follow an XOR. Figures are AUC on items
-that nobody had in training: the share of (liked, disliked) pairs in the right order, chance 0.5. On known items the MLP's would say little: it
-has weights enough to learn each item's fans by heart.
+Items are their features alone and there is no graph, so that a branch can know only what its
+modality shows. A branch score is then linear in the features of its modality, and so is s_t + s_v
+in those of both; no linear score can follow an XOR. Figures are AUC on items that nobody had in
+training: the share of (liked, disliked) pairs in the right order, chance 0.5. On known items the
+MLP's would say little: it has weights enough to learn each item's fans by heart.
 """
 
 from functools import cache
@@ -13,37 +15,52 @@ import pytest
 import torch
 
 from hanorec.base.config_brmrs import BrmrsConfig
-from hanorec.brmrs.model import BRMRS, step_loss
+from hanorec.brmrs.model import BRMRS
 from hanorec.ranking.sampler import NegativeSampler
+from train_brmrs import step_loss
 
 U, I = 60, 160  # users; items of training, and as many new ones
 CHANCE, MASTERED = 0.7, 0.9
 
 
 def items_of(kind, random, directions):
-    """Features of I items in both modalities and their trait (I,): the two bits are crossed evenly (equal in `both`), so neither says
-    anything of the other, nor of their XOR."""
-    text, image = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)])[random.permutation(np.arange(I) % 4)].T
+    """Features of I items in both modalities and their trait (I,): the two bits are crossed evenly
+    (equal in `both`), so neither says anything of the other, nor of their XOR.
+    """
+    crossed = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)])
+    text, image = crossed[random.permutation(np.arange(I) % 4)].T
     image = text if kind == "both" else image
-    features = [np.outer(bit, direction) + 0.5 * random.standard_normal((I, 8)) for bit, direction in zip((text, image), directions, strict=True)]
+    features = [
+        np.outer(bit, direction) + 0.5 * random.standard_normal((I, 8))
+        for bit, direction in zip((text, image), directions, strict=True)
+    ]
     trait = {"text": text, "image": image, "both": text, "xor": text * image}[kind]
-    return dict(zip("tv", torch.tensor(np.array(features), dtype=torch.float32), strict=True)), trait
+    features = torch.tensor(np.array(features), dtype=torch.float32)
+    return dict(zip("tv", features, strict=True)), trait
 
 
 @cache
 def trained(kind, seed=0, shuffled=False, **options):
-    """After 120 steps, branch -> (U, I / 2) scores of the new items that each user likes, and of those they do not. Each half of the users likes
-    one half of the items; half of what they like are train pairs."""
+    """After 120 steps, branch -> (U, I / 2) scores of the new items that each user likes, and of
+    those they do not. Each half of the users likes one half of the items; half of what they like
+    are train pairs.
+    """
     random = np.random.default_rng(seed)
     directions, taste = random.standard_normal((2, 8)), np.resize([1, -1], U)
     features, trait = items_of(kind, random, directions)
     if shuffled:
         features["t"] = features["t"][torch.as_tensor(random.permutation(I))]
     liked = taste[:, None] == trait  # (U, I)
-    users, items = (torch.as_tensor(ids) for ids in (liked & (random.random((U, I)) < 0.5)).nonzero())
-    config = BrmrsConfig(**{"dim": 8, "layers": 0, "item_embedding": "none", "weight_decay": 0.0, **options})
+    users, items = (
+        torch.as_tensor(ids) for ids in (liked & (random.random((U, I)) < 0.5)).nonzero()
+    )
+    config = BrmrsConfig(**{
+        "dim": 8, "layers": 0, "item_embedding": "none", "weight_decay": 0.0, **options
+    })
     torch.manual_seed(seed)
-    model, sampler, generator = BRMRS(U, I, features, users, items, config), NegativeSampler(users, items, U, I), torch.Generator().manual_seed(seed)
+    model = BRMRS(U, I, features, users, items, config)
+    sampler = NegativeSampler(users, items, U, I)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(120):
         batch = torch.randint(len(users), (256,), generator=generator)
@@ -61,7 +78,10 @@ def trained(kind, seed=0, shuffled=False, **options):
 
 
 def auc(*world, **options):
-    return {m: (yes[:, :, None] > no[:, None]).mean() for m, (yes, no) in trained(*world, **options).items()}
+    return {
+        m: (yes[:, :, None] > no[:, None]).mean()
+        for m, (yes, no) in trained(*world, **options).items()
+    }
 
 
 def margin(*world, **options):
@@ -97,8 +117,9 @@ def test_only_the_mlp_can_hold_a_preference_that_neither_modality_shows(seed):
 
 @SEEDS
 def test_the_fusion_decides_not_the_losses(seed):
-    """With mlp, plain BPR masters XOR, and so does the synergy loss alone; no loss makes concat do it. CHNS never looks at the fusion: alone,
-    it trains both branches and leaves XOR at chance."""
+    """With mlp, plain BPR masters XOR, and so does the synergy loss alone; no loss makes concat do
+    it. CHNS never looks at the fusion: alone, it trains both branches and leaves XOR at chance.
+    """
     plain, alone = {"lambda_h": 0.0, "lambda_s": 0.0}, {"lambda_h": 0.0, "bpr_weight": 0.0}
     assert auc("xor", seed, **plain)["f"] > MASTERED
     assert auc("xor", seed, **alone)["f"] > MASTERED
@@ -110,10 +131,14 @@ def test_the_fusion_decides_not_the_losses(seed):
 
 @SEEDS
 def test_literal_synergy_alone_holds_the_better_modality_down(seed):
-    """What the max allows: alone, with the gradient through it, the fusion wins while the text, which carries all, keeps a far smaller share of
-    the margin than with the max detached. BPR and CHNS beside it lift the text above both."""
+    """What the max allows: alone, with the gradient through it, the fusion wins while the text,
+    which carries all, keeps a far smaller share of the margin than with the max detached. BPR and
+    CHNS beside it lift the text above both.
+    """
     alone = {"lambda_h": 0.0, "bpr_weight": 0.0}
-    literal, detached, full = margin("text", seed, **alone), margin("text", seed, detach=True, **alone), margin("text", seed)
+    literal = margin("text", seed, **alone)
+    detached = margin("text", seed, detach=True, **alone)
+    full = margin("text", seed)
     share = [gaps["t"] / gaps["f"] for gaps in (literal, detached, full)]
     assert 2 * share[0] < share[1] < share[2]
     assert auc("text", seed, **alone)["f"] > MASTERED

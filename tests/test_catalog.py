@@ -1,4 +1,6 @@
-"""The catalogue: what is read, and that each kind of bad input names the file, the line, the value and the remedy."""
+"""The catalogue: what is read, and that each kind of bad input names the file, the line, the value
+and the remedy.
+"""
 
 import numpy as np
 import pytest
@@ -6,8 +8,9 @@ from hostile import huge_png
 from PIL import Image
 
 from hanorec.base.errors import InputError
-from hanorec.datasets import catalog
-from hanorec.datasets.catalog import load_catalog, read_image
+from hanorec.datasets import images
+from hanorec.datasets.catalog import load_catalog
+from hanorec.datasets.images import read_image
 
 
 def titles(folder, data, name="Toy_titles.csv"):
@@ -27,14 +30,18 @@ def picture(path, colour=(200, 30, 60), size=(4, 3)):
 
 
 def test_reads_bom_crlf_quotes_and_images(tmp_path):
-    titles(tmp_path, '\ufeffitem,title\r\n7,"Good, the Bad, The"\r\nx9,Café\r\n7b,"Say ""hi"""\r\n8,Café\r\n')
+    titles(
+        tmp_path,
+        '\ufeffitem,title\r\n7,"Good, the Bad, The"\r\nx9,Café\r\n7b,"Say ""hi"""\r\n8,Café\r\n',
+    )
     picture(tmp_path / "images" / "x9.PNG")
     picture(tmp_path / "images" / "7b.jpeg")
     picture(tmp_path / "images" / "unknown.jpg")  # no item of that id: not an error
     (tmp_path / "images" / "8.txt").write_text("not an image")
     items = load_catalog(tmp_path)
     assert items.ids == ("7", "x9", "7b", "8")
-    assert items.titles == ("Good, the Bad, The", "Café", 'Say "hi"', "Café")  # equal titles are two items
+    # equal titles are two items
+    assert items.titles == ("Good, the Bad, The", "Café", 'Say "hi"', "Café")
     assert [path and path.name for path in items.images] == [None, "x9.PNG", "7b.jpeg", None]
     assert items.row == {"7": 0, "x9": 1, "7b": 2, "8": 3}
     assert (items.name, items.covers) == ("Toy", "real")
@@ -120,7 +127,9 @@ def test_read_image_modes(tmp_path):
 
 
 def test_read_image_applies_exif_rotation(tmp_path):
-    """Orientation 6 = the camera was turned: a 4 x 2 file shows as 2 x 4, with its left column on top."""
+    """Orientation 6 = the camera was turned: a 4 x 2 file shows as 2 x 4, with its left column on
+    top.
+    """
     image = Image.new("RGB", (32, 16), "blue")
     image.paste("red", (0, 0, 16, 16))
     exif = Image.Exif()
@@ -132,7 +141,8 @@ def test_read_image_applies_exif_rotation(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("width", [8000, 12000, 100000])  # past our limit; past Pillow's warning; past Pillow's error
+# past our limit; past Pillow's warning; past Pillow's error
+@pytest.mark.parametrize("width", [8000, 12000, 100000])
 def test_read_image_refuses_too_many_pixels(tmp_path, width):
     (tmp_path / "huge.png").write_bytes(huge_png(width, 8000))
     text = message(read_image, tmp_path / "huge.png")
@@ -156,6 +166,6 @@ def test_read_image_refuses_bad_files(tmp_path, monkeypatch):
     assert "empty.jpg" in message(read_image, tmp_path / "empty.jpg")
     assert "absent.jpg" in message(read_image, tmp_path / "absent.jpg")
     noise.save(tmp_path / "big.png")
-    monkeypatch.setattr(catalog, "MAX_BYTES", 100)
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
     text = message(read_image, tmp_path / "big.png")
     assert "big.png" in text and "at most 100" in text

@@ -1,4 +1,6 @@
-"""The converters, on small raw files written here: tricky spellings, ties in time, and every refusal."""
+"""The converters, on small raw files written here: tricky spellings, ties in time, and every
+refusal.
+"""
 
 import csv
 import json
@@ -12,8 +14,9 @@ from PIL import Image
 
 from hanorec.base.errors import InputError
 from hanorec.datasets import microlens, movielens, netflix, recbole
-from hanorec.datasets.catalog import load_catalog, read_image
+from hanorec.datasets.catalog import load_catalog
 from hanorec.datasets.covers import draw_cover
+from hanorec.datasets.images import read_image
 from hanorec.datasets.interactions import load_interactions
 
 
@@ -21,7 +24,9 @@ def write(folder, **files):
     """Files by name, with `__` for the dot; text is written as UTF-8."""
     folder.mkdir(exist_ok=True)
     for name, data in files.items():
-        (folder / name.replace("__", ".")).write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        (folder / name.replace("__", ".")).write_bytes(
+            data.encode("utf-8") if isinstance(data, str) else data
+        )
     return folder
 
 
@@ -64,8 +69,11 @@ MOVIES = """1::Misérables, Les (1995)::Drama|Musical
 4::Heat::Crime
 5::Nobody::War
 """
-# user 9: times out of order, and a tie of 4 and 2 at time 50, which keeps the order of the file: 1, 4, 2, 30
-RATINGS = "9::4::5::50\n9::30::4::70\n8::1::3::5\n9::2::1::50\n9::1::5::10\n8::2::5::6\n8::4::4::7\n"
+# user 9: times out of order, and a tie of 4 and 2 at time 50, which keeps the order of the file: 1,
+# 4, 2, 30
+RATINGS = (
+    "9::4::5::50\n9::30::4::70\n8::1::3::5\n9::2::1::50\n9::1::5::10\n8::2::5::6\n8::4::4::7\n"
+)
 
 
 @pytest.fixture
@@ -99,7 +107,9 @@ def test_movielens_1m(raw_1m, capsys):
 
 
 def late(raw_times, parts):
-    """Users with a train or val item that is later than their val or test item: the leak that must not be."""
+    """Users with a train or val item that is later than their val or test item: the leak that must
+    not be.
+    """
     found = []
     for user, sets in parts.items():
         times = [[raw_times[user, item] for item in items.split()] for items in sets]
@@ -141,19 +151,20 @@ def test_movielens_needs_one_of_the_two(raw_1m, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "data", "parts"),
-    [
-        ("ratings.dat", "1::2::3\n", ["ratings.dat:1:", "3 fields", "'1::2::3'", "expected 4"]),
-        ("ratings.dat", RATINGS + "8::1::x::9\n", ["ratings.dat:8:", "rating 'x'", "expected a finite number"]),
-        ("ratings.dat", RATINGS + "8::1::3::nan\n", ["ratings.dat:8:", "time 'nan'"]),
-        ("ratings.dat", RATINGS + "::1::3::9\n", ["ratings.dat:8:", "user id ''"]),
-        ("ratings.dat", RATINGS + "8::1 2::3::9\n", ["ratings.dat:8:", "item id '1 2'", "without spaces"]),
-        ("ratings.dat", RATINGS + "8::77::3::9\n", ["'77'", "no title", "add it"]),
-        ("ratings.dat", RATINGS + "7::1::3::9\n", ["'7'", "1 interactions", "at least 3", "--min-items 3"]),
-        ("ratings.dat", "", ["none of the 0 users"]),
-        ("movies.dat", MOVIES + "6::X\n", ["movies.dat:6:", "2 fields", "expected 3"]),
-        ("movies.dat", MOVIES + "2::X::Y\n", ["movies.dat:6:", "'2'", "earlier line"]),
-        ("movies.dat", MOVIES + "6:: ::Y\n", ["movies.dat:6:", "'6'", "empty title"]),
-    ],
+    [("ratings.dat", "1::2::3\n", ["ratings.dat:1:", "3 fields", "'1::2::3'", "expected 4"]),
+     ("ratings.dat", RATINGS + "8::1::x::9\n",
+      ["ratings.dat:8:", "rating 'x'", "expected a finite number"]),
+     ("ratings.dat", RATINGS + "8::1::3::nan\n", ["ratings.dat:8:", "time 'nan'"]),
+     ("ratings.dat", RATINGS + "::1::3::9\n", ["ratings.dat:8:", "user id ''"]),
+     ("ratings.dat", RATINGS + "8::1 2::3::9\n",
+      ["ratings.dat:8:", "item id '1 2'", "without spaces"]),
+     ("ratings.dat", RATINGS + "8::77::3::9\n", ["'77'", "no title", "add it"]),
+     ("ratings.dat", RATINGS + "7::1::3::9\n",
+      ["'7'", "1 interactions", "at least 3", "--min-items 3"]),
+     ("ratings.dat", "", ["none of the 0 users"]),
+     ("movies.dat", MOVIES + "6::X\n", ["movies.dat:6:", "2 fields", "expected 3"]),
+     ("movies.dat", MOVIES + "2::X::Y\n", ["movies.dat:6:", "'2'", "earlier line"]),
+     ("movies.dat", MOVIES + "6:: ::Y\n", ["movies.dat:6:", "'6'", "empty title"])],
 )
 def test_bad_raw_lines(raw_1m, name, data, parts):
     (raw_1m / name).write_bytes(data.encode("latin-1"))
@@ -163,12 +174,15 @@ def test_bad_raw_lines(raw_1m, name, data, parts):
 
 
 def test_filters(raw_1m, capsys):
-    text = message(movielens, raw_1m, "--min-rating", "4")  # leaves 9 with 4, 30, 1 and 8 with 2, 4 only
+    # leaves 9 with 4, 30, 1 and 8 with 2, 4 only
+    text = message(movielens, raw_1m, "--min-rating", "4")
     assert "'8'" in text and "2 interactions" in text and "--min-items" in text
     out = convert(movielens, raw_1m, "--min-rating", "4", "--min-items", "3", "--name", "Toy")
     assert sequences(out) == {"9": ("1", "4", "30")}
     found = facts(out)
-    assert (found["users_left_out"], found["min_rating"], found["min_items"], found["name"]) == (1, 4.0, 3, "Toy")
+    assert (found["users_left_out"], found["min_rating"], found["min_items"], found["name"]) == (
+        1, 4.0, 3, "Toy"
+    )
     assert "left out: 1 users with fewer than 3" in capsys.readouterr().out
     assert (out / "Toy_titles.csv").exists()
     text = message(movielens, raw_1m)
@@ -201,18 +215,26 @@ def test_drawn_covers(raw_1m):
     items = load_catalog(out)
     assert items.covers == "drawn" and None not in items.images
     assert read_image(items.images[0]).size == (112, 160)
-    cover = {genre: np.asarray(draw_cover("T", [genre])).astype(int) for genre in ("Drama", "War", "no such genre")}
+    cover = {
+        genre: np.asarray(draw_cover("T", [genre])).astype(int)
+        for genre in ("Drama", "War", "no such genre")
+    }
     assert (np.asarray(draw_cover("T", ["Drama"])) == cover["Drama"]).all()  # deterministic
     assert np.abs(cover["Drama"] - cover["War"]).max() > 50  # the genre shows
-    assert np.abs(cover["Drama"] - np.asarray(draw_cover("U", ["Drama"]))).max() > 50  # the title shows
+    # the title shows
+    assert np.abs(cover["Drama"] - np.asarray(draw_cover("U", ["Drama"]))).max() > 50
     assert (np.asarray(draw_cover("Café", [])) == np.asarray(draw_cover("Cafe", []))).all()
     for title in ("x" * 300, "many words " * 60, "流浪地球"):
         assert draw_cover(title, []).size == (112, 160)
 
 
-INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu\ta\t3\t30\nu\tb\t3\t1e1\nu\tc\t3\t20\n"
+INTER = (
+    "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu\ta\t3\t30\nu\tb\t3\t1e1\n"
+    "u\tc\t3\t20\n"
+)
 ITEM = (
-    "item_id:token\tmovie_title:token_seq\tclass:token_seq\na\tToy, Story\tAnimation Comedy\nb\tHeat\t\nc\tÉté\tDrama\n"
+    "item_id:token\tmovie_title:token_seq\tclass:token_seq\na\tToy, Story\tAnimation Comedy\n"
+    "b\tHeat\t\nc\tÉté\tDrama\n"
 )
 
 
@@ -229,7 +251,10 @@ def test_recbole(tmp_path):
     text = message(recbole, raw, "--rating-field", "none", "--min-rating", "2")
     assert "--min-rating" in text and "no ratings" in text
     text = message(recbole, raw, "--time-field", "when")
-    assert "ml.inter:1:" in text and "'when'" in text and "timestamp" in text and "--time-field" in text
+    assert "ml.inter:1:" in text
+    assert "'when'" in text
+    assert "timestamp" in text
+    assert "--time-field" in text
     assert "--title-field" in message(recbole, raw, "--title-field", "x")
     assert "--genre-field" in message(recbole, raw, "--genre-field", "x", "--draw-covers")
 
@@ -237,7 +262,10 @@ def test_recbole(tmp_path):
 def test_recbole_refusals(tmp_path):
     raw = write(tmp_path / "raw", ml__inter=INTER + "u\ta\n", ml__item=ITEM)
     text = message(recbole, raw)
-    assert "ml.inter:5:" in text and "2 fields" in text and "expected 4" in text and "timestamp" in text
+    assert "ml.inter:5:" in text
+    assert "2 fields" in text
+    assert "expected 4" in text
+    assert "timestamp" in text
     write(raw, ml__inter="user_id\titem_id\n")
     assert "ml.inter:1:" in message(recbole, raw) and "user_id:token" in message(recbole, raw)
     write(raw, second__inter=INTER)
@@ -253,7 +281,8 @@ def test_microlens_csv_with_and_without_header(tmp_path):
     out = convert(microlens, raw)
     assert sequences(out) == {"1": ("20", "30", "10")}
     assert read_titles(out)["10"] == 'One, two "three"'
-    assert load_catalog(out).titles[0] == 'One, two "three"'  # through the csv that the converter wrote
+    # through the csv that the converter wrote
+    assert load_catalog(out).titles[0] == 'One, two "three"'
     assert facts(out)["source"]["titles_header"] is True and facts(out)["name"] == "ML-50k"
     (tmp_path / "out").rename(tmp_path / "kept")
     (raw / "ML-50k_titles.csv").unlink()
@@ -264,13 +293,19 @@ def test_microlens_csv_with_and_without_header(tmp_path):
 
 
 def test_microlens_tsv_and_refusals(tmp_path):
-    raw = write(tmp_path / "raw", m_pairs__tsv="1\t30 10 20 10\n2\t10 20 30\n", m_titles__csv="10,A\n20,B\n30,C\n")
-    assert sequences(convert(microlens, raw)) == {"1": ("30 10", "20", "10"), "2": ("10", "20", "30")}
+    raw = write(
+        tmp_path / "raw", m_pairs__tsv="1\t30 10 20 10\n2\t10 20 30\n",
+        m_titles__csv="10,A\n20,B\n30,C\n",
+    )
+    assert sequences(convert(microlens, raw)) == {
+        "1": ("30 10", "20", "10"), "2": ("10", "20", "30")
+    }
     (tmp_path / "out").rename(tmp_path / "kept")
     write(raw, m_pairs__tsv="1\t30 10 20\n2 10\n")
     text = message(microlens, raw)
     assert "m_pairs.tsv:2:" in text and "'2 10'" in text and "user<TAB>id" in text
-    write(raw, m_pairs__tsv="1\t30 10 20\n2\t10 20 30\n1\t20 30 10\n")  # joined in which order? Nobody knows
+    # joined in which order? Nobody knows
+    write(raw, m_pairs__tsv="1\t30 10 20\n2\t10 20 30\n1\t20 30 10\n")
     text = message(microlens, raw)
     assert "m_pairs.tsv:3:" in text and "'1'" in text and "one line a user" in text
     write(raw, m_pairs__tsv="1\t30 10 20\n2 10\n")
@@ -288,10 +323,17 @@ def test_microlens_tsv_and_refusals(tmp_path):
 
 @pytest.fixture
 def raw_netflix(tmp_path):
-    titles = "1,2003,Dinosaur Planet\n2,NULL,Good, the Bad, and Amélie, The\n3,1997,Character\n".encode("latin-1")
+    titles = (
+        "1,2003,Dinosaur Planet\n2,NULL,Good, the Bad, and Amélie, The\n3,1997,Character\n".encode(
+            "latin-1"
+        )
+    )
     one = "1:\n7,3,2005-09-06\n8,5,2004-01-02\n2:\n7,4,2004-01-01\n8,1,2004-01-02\n"
     two = "3:\n8,2,2004-01-02\n7,3,2005-09-06\n"
-    return write(tmp_path / "raw", movie_titles__csv=titles, combined_data_1__txt=one, combined_data_2__txt=two)
+    return write(
+        tmp_path / "raw", movie_titles__csv=titles, combined_data_1__txt=one,
+        combined_data_2__txt=two,
+    )
 
 
 def test_netflix(raw_netflix):
@@ -302,7 +344,9 @@ def test_netflix(raw_netflix):
 
 
 def test_netflix_sample(raw_netflix):
-    users = [set(netflix.sample_users(sorted(raw_netflix.glob("c*.txt")), 1, seed)) for seed in range(8)]
+    users = [
+        set(netflix.sample_users(sorted(raw_netflix.glob("c*.txt")), 1, seed)) for seed in range(8)
+    ]
     assert {7, 8} == {int(user) for found in users for user in found}  # the seed matters
     out = convert(netflix, raw_netflix, "--max-users", "1", "--seed", "3")
     assert set(sequences(out)) == users[3]
@@ -314,13 +358,13 @@ def test_netflix_sample(raw_netflix):
 
 @pytest.mark.parametrize(
     ("name", "data", "parts"),
-    [
-        ("combined_data_1.txt", "7,3,2005-09-06\n", ["combined_data_1.txt:1:", "'7,3,2005-09-06'", "before any movie"]),
-        ("combined_data_1.txt", "1:\n7,3\n", ["combined_data_1.txt:2:", "2 fields", "expected 3"]),
-        ("combined_data_1.txt", "1:\n7,3,2005-13-06\n", ["combined_data_1.txt:2:", "'2005-13-06'", "YYYY-MM-DD"]),
-        ("combined_data_1.txt", "1:\n7,good,2005-12-06\n", ["combined_data_1.txt:2:", "'good'"]),
-        ("movie_titles.csv", "1,2003\n", ["movie_titles.csv:1:", "2 fields", "id,year,title"]),
-    ],
+    [("combined_data_1.txt", "7,3,2005-09-06\n",
+      ["combined_data_1.txt:1:", "'7,3,2005-09-06'", "before any movie"]),
+     ("combined_data_1.txt", "1:\n7,3\n", ["combined_data_1.txt:2:", "2 fields", "expected 3"]),
+     ("combined_data_1.txt", "1:\n7,3,2005-13-06\n",
+      ["combined_data_1.txt:2:", "'2005-13-06'", "YYYY-MM-DD"]),
+     ("combined_data_1.txt", "1:\n7,good,2005-12-06\n", ["combined_data_1.txt:2:", "'good'"]),
+     ("movie_titles.csv", "1,2003\n", ["movie_titles.csv:1:", "2 fields", "id,year,title"])],
 )
 def test_netflix_refusals(raw_netflix, name, data, parts):
     (raw_netflix / name).write_text(data)
@@ -334,10 +378,16 @@ def test_netflix_needs_its_files(tmp_path):
 
 
 def test_command_prints_one_line_and_exits_with_2(raw_1m):
-    """Through `python -m`: an error is a message on stderr without a traceback; a good run exits with 0."""
-    command = [sys.executable, "-m", "hanorec.datasets.movielens", str(raw_1m), str(raw_1m.parent / "out")]
+    """Through `python -m`: an error is a message on stderr without a traceback; a good run exits
+    with 0.
+    """
+    command = [
+        sys.executable, "-m", "hanorec.datasets.movielens", str(raw_1m), str(raw_1m.parent / "out")
+    ]
     root = Path(__file__).parents[1]
-    bad = subprocess.run([*command, "--min-items", "1"], cwd=root, capture_output=True, text=True, check=False)
+    bad = subprocess.run(
+        [*command, "--min-items", "1"], cwd=root, capture_output=True, text=True, check=False
+    )
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: --min-items 1;") and "Traceback" not in bad.stderr
     good = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from hanorec import demo
 from hanorec.datasets import posterland
 from hanorec.datasets.catalog import load_catalog
 from hanorec.datasets.interactions import load_interactions
 from hanorec.mllm.load import load_backbone
-from hanorec.studies import plots, pretrain
-from hanorec.studies import stages as demo
+from hanorec.studies import lessons, plots, stages
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +20,17 @@ def small_demo(tmp_path_factory):
     """The demo's own main, with 60 users instead of 2,700."""
     out = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "USERS", 60)
-        patch.setattr(demo, "SFT", [*demo.COMMON, "--learning-rate", "4e-3", "--users-to", "0.3"])
-        patch.setattr(demo, "DPO", [*demo.COMMON, "--learning-rate", "5e-4", "--users-from", "0.3", "--users-to", "0.5", "--targets-per-user", "1"])
-        patch.setattr(demo, "TEST", ["--users-from", "0.5", "--users-to", "0.9", "--batch", "8"])
+        patch.setattr(stages, "USERS", 60)
+        patch.setattr(
+            stages, "SFT",
+            [*stages.COMMON, "--learning-rate", "4e-3", "--users-to", "0.3"],
+        )
+        patch.setattr(
+            stages, "DPO",
+            [*stages.COMMON, "--learning-rate", "5e-4", "--users-from", "0.3", "--users-to", "0.5",
+             "--targets-per-user", "1"],
+        )
+        patch.setattr(stages, "TEST", ["--users-from", "0.5", "--users-to", "0.9", "--batch", "8"])
         demo.main(["--out", str(out)])
     return out
 
@@ -32,12 +39,14 @@ def test_the_demo_reports_every_row_on_both_sets(small_demo):
     found = json.loads((small_demo / "results.json").read_text())["seeds"][0]
     assert set(found) == {"random", "hard"}
     for kind in found.values():
-        assert set(kind["rows"]) == set(demo.ROWS)
-        assert kind["rows"]["chance"]["NDCG@3"]["value"] == pytest.approx((1 + 1 / np.log2(3) + 0.5) / 10)
+        assert set(kind["rows"]) == set(stages.ROWS)
+        assert kind["rows"]["chance"]["NDCG@3"]["value"] == pytest.approx(
+            (1 + 1 / np.log2(3) + 0.5) / 10
+        )
         assert kind["rows"]["oracle"]["NDCG@3"]["value"] > 0.6  # it knows the truth; chance is 0.21
         assert len(kind["NDCG"]["SFT"]) == len(kind["users"]) == 24
     text = (small_demo / "table.md").read_text()
-    assert all(f"\n{name} | " in text for name in demo.ROWS)
+    assert all(f"\n{name} | " in text for name in stages.ROWS)
 
 
 def test_the_demo_draws_plots(small_demo):
@@ -48,9 +57,14 @@ def test_the_demo_draws_plots(small_demo):
 
 def test_users_of_sft_and_dpo_are_different(small_demo):
     seed = small_demo / "seed-2025"
-    spans = {name: json.loads((seed / name / "run.json").read_text())["settings"] for name in ("SFT", "DPO", "HaNoRec", "SFT continued")}
-    assert spans["SFT"]["users_to"] == spans["DPO"]["users_from"] == spans["HaNoRec"]["users_from"] == spans["SFT continued"]["users_from"]
-    assert json.loads((seed / "test" / "run.json").read_text())["settings"]["users_from"] == spans["DPO"]["users_to"]
+    spans = {
+        name: json.loads((seed / name / "run.json").read_text())["settings"]
+        for name in ("SFT", "DPO", "HaNoRec", "SFT continued")
+    }
+    for name in ("DPO", "HaNoRec", "SFT continued"):
+        assert spans[name]["users_from"] == spans["SFT"]["users_to"]
+    test = json.loads((seed / "test" / "run.json").read_text())["settings"]
+    assert test["users_from"] == spans["DPO"]["users_to"]
     assert len({spans[name]["users_to"] for name in ("DPO", "HaNoRec", "SFT continued")}) == 1
 
 
@@ -59,19 +73,25 @@ def test_a_folder_without_runs_has_no_plots(tmp_path):
 
 
 def test_the_base_checkpoint_is_small_and_reads_posters():
-    """On a catalogue that it has never seen, where most titles are ambiguous: chance is one of ten."""
-    assert sum(path.stat().st_size for path in demo.BASE.iterdir()) <= 4 * 2**20
-    backbone = load_backbone(str(demo.BASE), "float32", "cpu")
-    pool, right = pretrain.Pool(backbone, 77, 0.85), {}
-    for task in (pretrain.find_row, pretrain.like_row):
-        for posters in ("own", "others"):  # negative control: with other films' posters it must do worse
+    """On a catalogue that it has never seen, where most titles are ambiguous: chance is one of ten.
+    """
+    assert sum(path.stat().st_size for path in stages.BASE.iterdir()) <= 4 * 2**20
+    backbone = load_backbone(str(stages.BASE), "float32", "cpu")
+    pool, right = lessons.Pool(backbone, 77, 0.85), {}
+    for task in (lessons.find_row, lessons.like_row):
+        # negative control: with other films' posters it must do worse
+        for posters in ("own", "others"):
             if posters == "others":
-                pool.pixels = pool.pixels[torch.randperm(len(pool.pixels), generator=torch.Generator().manual_seed(0))]
+                draw = torch.Generator().manual_seed(0)
+                pool.pixels = pool.pixels[torch.randperm(len(pool.pixels), generator=draw)]
             rng = np.random.default_rng(0)
             with torch.no_grad():
-                _, right[task, posters] = pretrain.loss_and_accuracy(backbone, pool, [task(backbone, pool, 10, rng) for _ in range(32)])
-        pool = pretrain.Pool(backbone, 77, 0.85)
-        assert right[task, "own"] > 0.6 and right[task, "others"] < right[task, "own"] - 0.1  # five standard errors
+                _, right[task, posters] = lessons.loss_and_accuracy(
+                    backbone, pool, [task(backbone, pool, 10, rng) for _ in range(32)]
+                )
+        pool = lessons.Pool(backbone, 77, 0.85)
+        # five standard errors
+        assert right[task, "own"] > 0.6 and right[task, "others"] < right[task, "own"] - 0.1
 
 
 def test_posterland_keeps_its_promises(tmp_path):
@@ -79,12 +99,14 @@ def test_posterland_keeps_its_promises(tmp_path):
     posterland.make_posterland(tmp_path / "b", users=200, seed=4)
     for path in sorted((tmp_path / "a").rglob("*")):
         if path.is_file():
-            assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+            other = tmp_path / "b" / path.relative_to(tmp_path / "a")
+            assert path.read_bytes() == other.read_bytes()
     catalog = load_catalog(tmp_path / "a")
     truth = json.loads((tmp_path / "a" / "truth.json").read_text())
     assert len(catalog.ids) == 294 == len(set(catalog.titles)) and catalog.covers == "drawn"
     assert 0.2 < np.mean([item["ambiguous"] for item in truth["items"]]) < 0.4
-    assert not any(item["ambiguous"] and item["noise"] == 1 for item in truth["items"])  # title or poster always tells
+    # title or poster always tells
+    assert not any(item["ambiguous"] and item["noise"] == 1 for item in truth["items"])
     data = load_interactions(tmp_path / "a", catalog)
     kinds = []
     for user, (genre, style) in truth["tastes"].items():

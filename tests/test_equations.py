@@ -12,13 +12,17 @@ import pytest
 from hanorec.base import config
 
 ROOT = Path(__file__).parent.parent
-IDS = ["SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)), *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7))]
+IDS = [
+    "SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)),
+    *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7)),
+]
 TAG = re.compile(r"#\s*((?:SFT|DPO|HN|EV|BR)-\d+):")
 
 
 def entries() -> dict[str, str]:
     """ID -> text of its entry."""
-    parts = re.split(r"^### ", (ROOT / "docs" / "equations.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    page = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
+    parts = re.split(r"^### ", page, flags=re.MULTILINE)[1:]
     return {part.split("\n", 1)[0].strip(): part for part in parts}
 
 
@@ -37,14 +41,21 @@ def marks(path: Path) -> dict[str, set[str]]:
     found = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            found[node.name] = {argument.value for mark in node.decorator_list
-                                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.equation" for argument in mark.args}
+            found[node.name] = set()
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.equation":
+                    found[node.name] |= {argument.value for argument in mark.args}
     return found
 
 
 def options(entry: str) -> list[tuple[str, str]]:
-    """What an entry calls a flag, with the value or the values in words behind it: "`--gap ranked`" -> ("gap", "ranked")."""
-    return [(flag.replace("-", "_"), value.strip()) for flag, value in re.findall(r"`--([a-z][a-z0-9-]*)([^`]*)`", entry)]
+    """What an entry calls a flag, with the value or the values in words behind it: "`--gap ranked`"
+    -> ("gap", "ranked").
+    """
+    return [
+        (flag.replace("-", "_"), value.strip())
+        for flag, value in re.findall(r"`--([a-z][a-z0-9-]*)([^`]*)`", entry)
+    ]
 
 
 def settings(*kinds: type) -> dict[str, dataclasses.Field]:
@@ -62,7 +73,11 @@ def test_each_entry_names_a_function_that_carries_its_tag_once(equation):
 
 
 def test_each_tag_stands_once_in_the_package_and_has_an_entry():
-    tags = [tag for path in sorted((ROOT / "hanorec").rglob("*.py")) for tag in TAG.findall(path.read_text(encoding="utf-8"))]
+    tags = [
+        tag
+        for path in sorted((ROOT / "hanorec").rglob("*.py"))
+        for tag in TAG.findall(path.read_text(encoding="utf-8"))
+    ]
     assert sorted(tags) == sorted(IDS)
 
 
@@ -75,15 +90,20 @@ def test_each_entry_has_a_formula_and_a_source(equation):
 
 @pytest.mark.parametrize("equation", IDS)
 def test_each_entry_names_a_test_that_carries_its_mark(equation):
-    (path, name), = re.findall(r"^- Test: `(tests/test_\w+\.py)::(test_\w+)`$", entries()[equation], re.MULTILINE)
+    ((path, name),) = re.findall(
+        r"^- Test: `(tests/test_\w+\.py)::(test_\w+)`$", entries()[equation], re.MULTILINE
+    )
     assert equation in marks(ROOT / path).get(name, set())
 
 
 @pytest.mark.parametrize("equation", IDS)
 def test_each_option_named_is_a_setting(equation):
-    """The flag is a field of the configuration of its method, and a value behind it is one that the field takes."""
-    brmrs = equation.startswith("BR")
-    known = settings(config.BrmrsConfig) if brmrs else settings(config.ModelConfig, config.DataConfig, config.TrainConfig, config.DpoConfig, config.EvalConfig)
+    """The flag is a field of the configuration of its method, and a value behind it is one that the
+    field takes.
+    """
+    kinds = [config.ModelConfig, config.DataConfig, config.TrainConfig, config.DpoConfig]
+    kinds.append(config.EvalConfig)
+    known = settings(*([config.BrmrsConfig] if equation.startswith("BR") else kinds))
     for flag, values in options(entries()[equation]):
         assert flag in known, flag
         allowed = getattr(known[flag].type, "__args__", ())
@@ -92,13 +112,15 @@ def test_each_option_named_is_a_setting(equation):
 
 
 def test_the_marks_are_equations():
-    assert set().union(*(ids for path in (ROOT / "tests").glob("test_*.py") for ids in marks(path).values())) <= set(IDS)
+    for path in (ROOT / "tests").glob("test_*.py"):
+        assert set().union(*marks(path).values()) <= set(IDS), path
 
 
 def test_the_checks_can_fail():
     assert TAG.findall("# HN-4: formula\n# HN-44: other\n# see HN-5 below") == ["HN-4", "HN-44"]
     with pytest.raises(AttributeError):
         symbol_of("- Code: `hanorec.hars.no_such_function`")
-    assert options("`--gap ranked`, `--kl-coef` and `--control reversed|permuted`; --not-in-code") == [
-        ("gap", "ranked"), ("kl_coef", ""), ("control", "reversed|permuted")]
+    text = "`--gap ranked`, `--kl-coef` and `--control reversed|permuted`; --not-in-code"
+    expected = [("gap", "ranked"), ("kl_coef", ""), ("control", "reversed|permuted")]
+    assert options(text) == expected
     assert "gap" in settings(config.DpoConfig) and "gaps" not in settings(config.DpoConfig)

@@ -1,4 +1,6 @@
-"""The feature file: equal to the pictures in memory, whole or refused, never loaded as a whole. Items in batches equal one by one."""
+"""The feature file: equal to the pictures in memory, whole or refused, never loaded as a whole.
+Items in batches equal one by one.
+"""
 
 import fcntl
 import json
@@ -20,7 +22,7 @@ import evaluate
 import train_sft
 from hanorec.base.config import DataConfig
 from hanorec.base.errors import InputError
-from hanorec.datasets.catalog import read_image
+from hanorec.datasets.images import read_image
 from hanorec.mllm import features, items
 from hanorec.mllm.backbone import FAMILIES, hidden_states, image_features, prompt_positions
 from hanorec.mllm.features import feature_facts, stored_pictures, write_index
@@ -33,7 +35,9 @@ from hanorec.mllm.tasks import load_pictures
 @pytest.fixture
 def few(catalog):
     """The odd catalogue's first 40 items: row 1 has no image, 2 a wide one, 3 a tall one."""
-    return replace(catalog, ids=catalog.ids[:40], titles=catalog.titles[:40], images=catalog.images[:40])
+    return replace(
+        catalog, ids=catalog.ids[:40], titles=catalog.titles[:40], images=catalog.images[:40]
+    )
 
 
 @pytest.fixture
@@ -68,46 +72,74 @@ def test_equal_to_memory_and_computed_once(checkpoints, few, no_tower, tmp_path,
     plain = encode_pictures(backbone, few, range(40))
     assert 1 not in plain and len({len(picture.features) for picture in plain.values()}) > 1
     assert all(picture.features.dtype == getattr(torch, dtype) for picture in plain.values())
-    assert same(stored_pictures(backbone, few, tmp_path / "new" / "folder"), plain)  # the folder is made
+    # the folder is made
+    assert same(stored_pictures(backbone, few, tmp_path / "new" / "folder"), plain)
     before = bytes_of(tmp_path / "new" / "folder")
     assert sorted(Path(name).suffix for name in before) == [".bin", ".json"]
     no_tower()
-    assert same(stored_pictures(load_backbone(str(checkpoints[family]), dtype, "cpu"), few, tmp_path / "new" / "folder"), plain)
+    assert same(
+        stored_pictures(
+            load_backbone(str(checkpoints[family]), dtype, "cpu"), few, tmp_path / "new" / "folder"
+        ),
+        plain,
+    )
     assert bytes_of(tmp_path / "new" / "folder") == before
 
 
 def test_without_any_image_there_is_no_file(qwen, few, tmp_path):
-    assert stored_pictures(qwen, replace(few, images=(None,) * 40), tmp_path) == {} and not any(tmp_path.iterdir())
+    assert stored_pictures(qwen, replace(few, images=(None,) * 40), tmp_path) == {}
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_commands_share_one_file(checkpoints, data, no_tower, tmp_path, capsys):
-    """train_sft writes it; evaluate reads it, with each item's own image and with another's; --features says where."""
-    folder, store = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("features-*")), tmp_path / "store"
-    common = ["--model", str(checkpoints["qwen2_5_vl"]), "--data", str(folder), "--features", str(store),
-              "--history", "2", "--users-to", "0.25"]
-    train_sft.main([*common, "--epochs", "1", "--targets-per-user", "1", "--out", str(tmp_path / "sft")])
-    assert "294 images of Posterland are encoded once, into " + str(store) in capsys.readouterr().out
+    """train_sft writes it; evaluate reads it, with each item's own image and with another's;
+    --features says where.
+    """
+    folder = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("features-*"))
+    store = tmp_path / "store"
+    common = [
+        "--model", str(checkpoints["qwen2_5_vl"]), "--data", str(folder), "--features", str(store),
+        "--history", "2", "--users-to", "0.25",
+    ]
+    train_sft.main([
+        *common, "--epochs", "1", "--targets-per-user", "1", "--out", str(tmp_path / "sft")
+    ])
+    told = capsys.readouterr().out
+    assert f"294 images of Posterland are encoded once, into {store}" in told
     no_tower()
     for images in ("own", "shuffled"):
-        evaluate.main([*common, "--images", images, "--similarity", "true", "--out", str(tmp_path / images)])
-    own, shuffled = (json.loads((tmp_path / images / "metrics.json").read_text()) for images in ("own", "shuffled"))
-    assert own["similarity"] != shuffled["similarity"] and own["sets"]["hard"]["scores"] != shuffled["sets"]["hard"]["scores"]
+        evaluate.main([
+            *common, "--images", images, "--similarity", "true", "--out", str(tmp_path / images)
+        ])
+    own, shuffled = (
+        json.loads((tmp_path / images / "metrics.json").read_text())
+        for images in ("own", "shuffled")
+    )
+    assert own["similarity"] != shuffled["similarity"]
+    assert own["sets"]["hard"]["scores"] != shuffled["sets"]["hard"]["scores"]
     assert not list(folder.glob("features-*")) and len(list(store.iterdir())) == 2
 
 
 def test_plain_keeps_nothing(qwen, few, tmp_path):
     stored = load_pictures(qwen, few, DataConfig(data=str(tmp_path)))
     assert len(list(tmp_path.glob("features-*"))) == 2
-    assert same(load_pictures(qwen, few, DataConfig(data=str(tmp_path / "none"), plain=True)), stored) and not (tmp_path / "none").exists()
+    assert same(
+        load_pictures(qwen, few, DataConfig(data=str(tmp_path / "none"), plain=True)), stored
+    )
+    assert not (tmp_path / "none").exists()
 
 
 # ---- the key ----
 
 
 def test_what_the_features_depend_on(make, few, tmp_path):
-    """Each change alone gives other facts, so another file; and what does not matter gives the same."""
+    """Each change alone gives other facts, so another file; and what does not matter gives the
+    same.
+    """
     folder = make("qwen2_5_vl")
-    load = lambda path=folder, **options: load_backbone(str(path), **{"dtype": "float32", "device": "cpu"} | options)
+    load = lambda path=folder, **options: load_backbone(
+        str(path), **{"dtype": "float32", "device": "cpu"} | options
+    )
     first = feature_facts(load(), few)
 
     def differ(backbone=None, catalog=few):
@@ -135,15 +167,19 @@ def test_what_the_features_depend_on(make, few, tmp_path):
     data = bytearray(few.images[5].read_bytes())
     data[-20] ^= 1
     poster.write_bytes(data)
-    os.utime(poster, ns=(few.images[5].stat().st_mtime_ns,) * 2)  # as old and as long as the one it replaces
-    assert differ(catalog=replace(few, images=(*few.images[:5], poster, *few.images[6:]))) == {"images_sha256"}
-    assert differ(catalog=replace(few, images=(*few.images[:5], few.images[6], few.images[5], *few.images[7:]))) == {"images_sha256"}
-    assert differ(catalog=replace(few, images=(*few.images[:5], None, *few.images[6:]))) == {"images_sha256"}
+    # as old and as long as the one it replaces
+    os.utime(poster, ns=(few.images[5].stat().st_mtime_ns,) * 2)
+    before, (a, b), after = few.images[:5], few.images[5:7], few.images[7:]
+    for images in ([poster, b], [b, a], [None, b]):
+        other = replace(few, images=(*before, *images, *after))
+        assert differ(catalog=other) == {"images_sha256"}
     assert differ(catalog=replace(few, ids=("x", *few.ids[1:]))) == {"images_sha256"}
 
 
 def test_llava_depends_on_its_newline_and_tilings(checkpoints, few):
-    load = lambda **options: load_backbone(str(checkpoints["llava_next"]), "float32", "cpu", **options)
+    load = lambda **options: load_backbone(
+        str(checkpoints["llava_next"]), "float32", "cpu", **options
+    )
     first, backbone = feature_facts(load(), few), load()
     backbone.model.model.image_newline += 1
     assert feature_facts(backbone, few)["weights_sha256"] != first["weights_sha256"]
@@ -157,7 +193,10 @@ def test_bases_and_images_lie_side_by_side(checkpoints, few, no_tower, tmp_path)
     found = [stored_pictures(*pair, tmp_path) for pair in pairs]
     assert len(list(tmp_path.iterdir())) == 2 * 6
     no_tower()
-    assert all(same(stored_pictures(*pair, tmp_path), pictures) for pair, pictures in zip(pairs, found, strict=True))
+    assert all(
+        same(stored_pictures(*pair, tmp_path), pictures)
+        for pair, pictures in zip(pairs, found, strict=True)
+    )
 
 
 # ---- whole or refused ----
@@ -171,19 +210,26 @@ def facts_of(path, **changes):
     return json.loads(path.read_text())["facts"] | changes
 
 
-@pytest.mark.parametrize(("spoil", "words"), [
-    (lambda data, index: data.write_bytes(data.read_bytes()[:-4]), ["bin: ", " bytes, expected ", "cut off"]),
-    (lambda data, index: data.write_bytes(data.read_bytes() + bytes(4)), ["bin: ", " bytes, expected "]),
-    (lambda data, index: data.unlink(), ["bin: 0 bytes, expected "]),
-    (lambda data, index: edit(index, tokens=[1, 7, *[4] * 37]), ["json: ", "sha256", "edited"]),
-    (lambda data, index: edit(index, grids=None), ["json: ", "sha256", "edited"]),
-    (lambda data, index: edit(index, facts=facts_of(index, more=1)), ["json: ", "sha256", "edited"]),
-    (lambda data, index: edit(index, facts=facts_of(index, dtype="float16")), ["json: dtype is 'float16' in the file, expected 'float32'"]),
-    (lambda data, index: edit(index, facts=facts_of(index, images_sha256="0")), ["json: images_sha256 is '0' in the file, expected '"]),
-    (lambda data, index: edit(index, facts=None), ["json: dtype is None in the file, expected 'float32'"]),
-    (lambda data, index: index.write_text("{"), ["json: not readable as UTF-8 JSON", "remake"]),
-    (lambda data, index: index.write_text("[]"), ["json: holds a JSON list", "remake"]),
-])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(lambda data, index: data.write_bytes(data.read_bytes()[:-4]),
+      ["bin: ", " bytes, expected ", "cut off"]),
+     (lambda data, index: data.write_bytes(data.read_bytes() + bytes(4)),
+      ["bin: ", " bytes, expected "]),
+     (lambda data, index: data.unlink(), ["bin: 0 bytes, expected "]),
+     (lambda data, index: edit(index, tokens=[1, 7, *[4] * 37]), ["json: ", "sha256", "edited"]),
+     (lambda data, index: edit(index, grids=None), ["json: ", "sha256", "edited"]),
+     (lambda data, index: edit(index, facts=facts_of(index, more=1)),
+      ["json: ", "sha256", "edited"]),
+     (lambda data, index: edit(index, facts=facts_of(index, dtype="float16")),
+      ["json: dtype is 'float16' in the file, expected 'float32'"]),
+     (lambda data, index: edit(index, facts=facts_of(index, images_sha256="0")),
+      ["json: images_sha256 is '0' in the file, expected '"]),
+     (lambda data, index: edit(index, facts=None),
+      ["json: dtype is None in the file, expected 'float32'"]),
+     (lambda data, index: index.write_text("{"), ["json: not readable as UTF-8 JSON", "remake"]),
+     (lambda data, index: index.write_text("[]"), ["json: holds a JSON list", "remake"])],
+)
 def test_damaged_files_are_refused(qwen, few, tmp_path, spoil, words):
     stored_pictures(qwen, few, tmp_path)
     (data,), (index,) = tmp_path.glob("*.bin"), tmp_path.glob("*.json")
@@ -195,12 +241,17 @@ def test_damaged_files_are_refused(qwen, few, tmp_path, spoil, words):
         assert f"delete {data.name} and {index.name} to compute them again" in str(caught.value)
     data.unlink(missing_ok=True)
     index.unlink()
-    assert same(stored_pictures(qwen, few, tmp_path), encode_pictures(qwen, few, range(40)))  # the remedy works
+    # the remedy works
+    assert same(stored_pictures(qwen, few, tmp_path), encode_pictures(qwen, few, range(40)))
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), InputError("bad image"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "stop", [KeyboardInterrupt(), InputError("bad image"), OSError(28, "No space left on device")]
+)
 def test_a_stopped_run_leaves_nothing_that_counts(qwen, few, monkeypatch, tmp_path, stop):
-    """Stopped in the second batch: no file stays, so that a full disk does not stay full. The next run starts anew."""
+    """Stopped in the second batch: no file stays, so that a full disk does not stay full. The next
+    run starts anew.
+    """
     def stopping(*arguments):
         yield from list(encode(*arguments))[:32]
         raise stop
@@ -211,7 +262,8 @@ def test_a_stopped_run_leaves_nothing_that_counts(qwen, few, monkeypatch, tmp_pa
         patch.setattr(items, "encode", stopping)
         stored_pictures(qwen, few, tmp_path)
     assert not list(tmp_path.iterdir())
-    assert not isinstance(stop, OSError) or ".bin: cannot be written (No space left on device)" in str(caught.value)
+    if isinstance(stop, OSError):
+        assert ".bin: cannot be written (No space left on device)" in str(caught.value)
     assert same(stored_pictures(qwen, few, tmp_path), encode_pictures(qwen, few, range(40)))
 
 
@@ -228,7 +280,9 @@ def test_a_killed_run_leaves_nothing_that_counts(qwen, few, tmp_path):
 
 
 def test_one_process_writes_and_the_others_wait(qwen, few, no_tower, tmp_path):
-    """The lock is held here, as by a process that encodes; the waiting call returns what that one has written."""
+    """The lock is held here, as by a process that encodes; the waiting call returns what that one
+    has written.
+    """
     expected = stored_pictures(qwen, few, tmp_path / "done")
     (done,) = (tmp_path / "done").glob("*.bin")
     (tmp_path / "shared").mkdir()
@@ -236,7 +290,10 @@ def test_one_process_writes_and_the_others_wait(qwen, few, no_tower, tmp_path):
     no_tower()
     with open(data, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        waiting = threading.Thread(target=lambda: found.append(stored_pictures(qwen, few, tmp_path / "shared")), daemon=True)
+        waiting = threading.Thread(
+            target=lambda: found.append(stored_pictures(qwen, few, tmp_path / "shared")),
+            daemon=True,
+        )
         waiting.start()
         time.sleep(0.3)
         assert waiting.is_alive() and not found
@@ -248,14 +305,19 @@ def test_one_process_writes_and_the_others_wait(qwen, few, no_tower, tmp_path):
 
 
 def test_who_waits_for_a_run_that_fails_writes_the_file(qwen, few, tmp_path):
-    """The lock is held here, as by a process that encodes; it deletes the file before it lets go, so what waits must open another."""
+    """The lock is held here, as by a process that encodes; it deletes the file before it lets go,
+    so what waits must open another.
+    """
     expected = stored_pictures(qwen, few, tmp_path / "done")
     (done,) = (tmp_path / "done").glob("*.bin")
     (tmp_path / "shared").mkdir()
     data, found = tmp_path / "shared" / done.name, []
     with open(data, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        waiting = threading.Thread(target=lambda: found.append(stored_pictures(qwen, few, tmp_path / "shared")), daemon=True)
+        waiting = threading.Thread(
+            target=lambda: found.append(stored_pictures(qwen, few, tmp_path / "shared")),
+            daemon=True,
+        )
         waiting.start()
         time.sleep(0.3)
         file.write(b"half")
@@ -266,7 +328,9 @@ def test_who_waits_for_a_run_that_fails_writes_the_file(qwen, few, tmp_path):
 
 def test_a_folder_that_cannot_be_written(qwen, few, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(InputError, match=r"file/features-\w+.bin: cannot be written \(.+\).*--features"):
+    with pytest.raises(
+        InputError, match=r"file/features-\w+.bin: cannot be written \(.+\).*--features"
+    ):
         stored_pictures(qwen, few, tmp_path / "file")
 
 
@@ -277,7 +341,7 @@ LARGE = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from hanorec.features import open_features
+from hanorec.mllm.features import open_features
 
 def status(field):
     with open("/proc/self/status") as file:
@@ -287,7 +351,8 @@ stem = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_DATA, ((status("VmData") + 256 * 1024) * 1024,) * 2)
 before = status("VmRSS")
 pictures = open_features(stem, {"dtype": "bfloat16"}, 64)
-print([pictures[i].features.float().mean().item() for i in (0, 2500, 4999)], status("VmRSS") - before)
+means = [pictures[i].features.float().mean().item() for i in (0, 2500, 4999)]
+print(means, status("VmRSS") - before)
 try:
     np.fromfile(stem.with_suffix(".bin"), np.uint8)
 except MemoryError:
@@ -296,8 +361,10 @@ except MemoryError:
 
 
 def test_a_file_larger_than_memory(tmp_path):
-    """5,000 items of 16 MB, 80 GB in all (a sparse file: zeros take no room on the disk), in a process that may take 256 MB: three
-    items are read, and the process grows by little more than they are. Read as a whole, the file does not fit."""
+    """5,000 items of 16 MB, 80 GB in all (a sparse file: zeros take no room on the disk), in a
+    process that may take 256 MB: three items are read, and the process grows by little more than
+    they are. Read as a whole, the file does not fit.
+    """
     count, tokens, width = 5000, 2**17, 64
     stem = tmp_path / "features-large"
     facts, counts, grids = {"dtype": "bfloat16"}, [tokens] * count, [None] * count
@@ -305,14 +372,22 @@ def test_a_file_larger_than_memory(tmp_path):
         file.truncate(count * tokens * width * 2)
         for item, value in ((2500, 2.0), (4999, -3.0)):
             file.seek(item * tokens * width * 2)
-            file.write(torch.full((tokens, width), value, dtype=torch.bfloat16).view(torch.uint8).numpy())
+            file.write(
+                torch.full((tokens, width), value, dtype=torch.bfloat16).view(torch.uint8).numpy()
+            )
     write_index(stem.with_suffix(".json"), facts, counts, grids)
-    environment = os.environ | {"PYTHONPATH": str(Path(features.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", LARGE, str(stem)], env=environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(features.__file__).parent.parent.parent), "OMP_NUM_THREADS": "1"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE, str(stem)], env=environment, capture_output=True, text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     found, control = done.stdout.splitlines()
     assert found.startswith("[0.0, 2.0, -3.0] ") and control == "too large"
-    assert int(found.split()[-1]) < 160 * 1024  # KB: three items of 16 MB, one of 32 MB as float32, and 5,000 views
+    # KB: three items of 16 MB, one of 32 MB as float32, and 5,000 views
+    assert int(found.split()[-1]) < 160 * 1024
 
 
 def test_writing_holds_one_batch(qwen, few, monkeypatch, tmp_path):
@@ -340,35 +415,49 @@ def test_writing_holds_one_batch(qwen, few, monkeypatch, tmp_path):
 @pytest.mark.equation("HN-1")
 @pytest.mark.parametrize("form", ["input", "hidden"])
 def test_items_in_batches_equal_one_by_one(backbone, few, form):
-    """Against a loop over the items, each alone, in float64 where it is a mean of the model's own numbers."""
-    few = replace(few, titles=("<|im_end|> and <image>, no tokens of their own in a title", *few.titles[1:]))
+    """Against a loop over the items, each alone, in float64 where it is a mean of the model's own
+    numbers.
+    """
+    few = replace(
+        few, titles=("<|im_end|> and <image>, no tokens of their own in a title", *few.titles[1:])
+    )
     pictures = encode_pictures(backbone, few, range(40))
     H, X, has_image = item_embeddings(backbone, few, pictures, form)
     embed = backbone.model.get_input_embeddings()
 
     def alone(ids, picture):
         if form == "input":
-            return (embed(torch.tensor(ids)) if picture is None else picture.features).double().mean(0)
-        positions = prompt_positions(backbone, ids, [] if picture is None else [picture.grid])[:, None]
+            vectors = embed(torch.tensor(ids)) if picture is None else picture.features
+            return vectors.double().mean(0)
+        grids = [] if picture is None else [picture.grid]
+        positions = prompt_positions(backbone, ids, grids)[:, None]
         shown = torch.zeros(0, backbone.width) if picture is None else picture.features
-        return hidden_states(backbone, torch.tensor([ids]), positions, None, shown)[0].double().mean(0)
+        states = hidden_states(backbone, torch.tensor([ids]), positions, None, shown)
+        return states[0].double().mean(0)
 
     titles = [text_ids(backbone, title) for title in few.titles]
     assert 2 < len({len(ids) for ids in titles}) < 10  # several lengths, several to a length
     with torch.no_grad():
         texts = torch.stack([alone(ids, None) for ids in titles])
-        images = torch.stack([alone([backbone.image_token] * len(p.features), p) for p in pictures.values()])
+        images = torch.stack([
+            alone([backbone.image_token] * len(p.features), p) for p in pictures.values()
+        ])
     tolerance = {"atol": 1e-6 if form == "input" else 1e-5, "rtol": 1e-5}
     torch.testing.assert_close(H.double(), texts, **tolerance)
     torch.testing.assert_close(X[has_image].double(), images, **tolerance)
     assert has_image.tolist() == [row != 1 for row in range(40)] and not X[1].any()
-    assert (H[0] - texts[4]).abs().max() > 1e-2 and (X[0] - images[4]).abs().max() > 1e-2  # another item's would be noticed
+    # another item's would be noticed
+    assert (H[0] - texts[4]).abs().max() > 1e-2 and (X[0] - images[4]).abs().max() > 1e-2
 
 
 def test_embeddings_from_the_file_equal_those_from_memory(backbone, few, tmp_path):
-    stored, plain = stored_pictures(backbone, few, tmp_path), encode_pictures(backbone, few, range(40))
+    stored = stored_pictures(backbone, few, tmp_path)
+    plain = encode_pictures(backbone, few, range(40))
     for form in ("input", "hidden"):
-        for a, b in zip(item_embeddings(backbone, few, stored, form), item_embeddings(backbone, few, plain, form), strict=True):
+        for a, b in zip(
+            item_embeddings(backbone, few, stored, form),
+            item_embeddings(backbone, few, plain, form), strict=True,
+        ):
             assert torch.equal(a, b)
 
 

@@ -1,4 +1,6 @@
-"""Histories, splits and candidate sets. Expected values are worked out by hand on the toy data below."""
+"""Histories, splits and candidate sets. Expected values are worked out by hand on the toy data
+below.
+"""
 
 import json
 from collections import Counter
@@ -9,13 +11,9 @@ import numpy as np
 import pytest
 
 from hanorec.base.errors import InputError
-from hanorec.datasets.candidates import (
-    draw_candidates,
-    draw_hard_candidates,
-    load_candidates,
-    save_candidates,
-)
+from hanorec.datasets.candidates import draw_candidates, draw_hard_candidates
 from hanorec.datasets.catalog import Catalog
+from hanorec.datasets.frozen import load_candidates, save_candidates
 from hanorec.datasets.interactions import (
     Example,
     Interactions,
@@ -39,7 +37,9 @@ def message(call, *args, **kwargs):
 
 def write(folder, train="u\ti0 i1 i2\n", val="u\ti3\n", test="u\ti4\n"):
     for name, data in (("train", train), ("val", val), ("test", test)):
-        (folder / f"{name}.tsv").write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        (folder / f"{name}.tsv").write_bytes(
+            data.encode("utf-8") if isinstance(data, str) else data
+        )
     return folder
 
 
@@ -64,20 +64,19 @@ def test_load(tmp_path):
 
 @pytest.mark.parametrize(
     ("part", "data", "parts"),
-    [
-        ("train", "u\ti0\nv i1\n", ["train.tsv:2:", "0 tabs", "'v i1'", "u"]),
-        ("train", "u\ti0\ti1\n", ["train.tsv:1:", "2 tabs", "expected one"]),
-        ("train", "u\ti0\n\n", ["train.tsv:2:", "0 tabs"]),
-        ("train", "u\ti0\n \ti1\n", ["train.tsv:2:", "empty user", "' '"]),
-        ("train", "u\ti0\nv\ti1\nu\ti2\n", ["train.tsv:3:", "'u'", "join"]),
-        ("train", "u\ti0\nv\t \n", ["train.tsv:2:", "'v'", "empty history", "remove the line"]),
-        ("train", "u\ti0 i99 i1\n", ["train.tsv:1:", "'i99'", "titles file", "remove it here"]),
-        ("val", "u\ti3\nw\ti1\n", ["val.tsv:2:", "'w'", "train.tsv", "empty history", "remove the user"]),
-        ("test", "w\ti1\n", ["test.tsv:1:", "'w'", "train.tsv"]),
-        ("test", "u\ti\0\n", ["test.tsv:1:", "NUL"]),
-        ("test", b"u\ti1\nu\xff\ti1\n", ["test.tsv:2:", "0xff", "utf-8"]),
-        ("train", "", ["train.tsv", "no users"]),
-    ],
+    [("train", "u\ti0\nv i1\n", ["train.tsv:2:", "0 tabs", "'v i1'", "u"]),
+     ("train", "u\ti0\ti1\n", ["train.tsv:1:", "2 tabs", "expected one"]),
+     ("train", "u\ti0\n\n", ["train.tsv:2:", "0 tabs"]),
+     ("train", "u\ti0\n \ti1\n", ["train.tsv:2:", "empty user", "' '"]),
+     ("train", "u\ti0\nv\ti1\nu\ti2\n", ["train.tsv:3:", "'u'", "join"]),
+     ("train", "u\ti0\nv\t \n", ["train.tsv:2:", "'v'", "empty history", "remove the line"]),
+     ("train", "u\ti0 i99 i1\n", ["train.tsv:1:", "'i99'", "titles file", "remove it here"]),
+     ("val", "u\ti3\nw\ti1\n",
+      ["val.tsv:2:", "'w'", "train.tsv", "empty history", "remove the user"]),
+     ("test", "w\ti1\n", ["test.tsv:1:", "'w'", "train.tsv"]),
+     ("test", "u\ti\0\n", ["test.tsv:1:", "NUL"]),
+     ("test", b"u\ti1\nu\xff\ti1\n", ["test.tsv:2:", "0xff", "utf-8"]),
+     ("train", "", ["train.tsv", "no users"])],
 )
 def test_bad_lines_name_file_line_value_and_remedy(tmp_path, part, data, parts):
     text = message(load_interactions, write(tmp_path, **{part: data}), make_catalog(8))
@@ -94,7 +93,11 @@ def test_missing_file(tmp_path):
 def test_training_examples():
     found = training_examples(DATA, targets_per_user=2, history=3)
     # "c" has no position with an earlier item; position 0 of "b" has none either
-    assert [(e.user, e.history, e.target) for e in found] == [("a", (2, 3, 4), 5), ("a", (3, 4, 5), 6), ("b", (7,), 8)]
+    assert [(e.user, e.history, e.target) for e in found] == [
+        ("a", (2, 3, 4), 5),
+        ("a", (3, 4, 5), 6),
+        ("b", (7,), 8),
+    ]
     assert set(found[0].seen) == set(range(7)) and set(found[2].seen) == {7, 8}
     everything = training_examples(DATA, targets_per_user=0, history=3)
     assert [e.target for e in everything] == [1, 2, 3, 4, 5, 6, 8]
@@ -123,7 +126,9 @@ def test_heldout_examples():
 
 
 def leaks(data, split, examples):
-    """The rule, restated on whole sequences: users whose example shows the future or a seen negative."""
+    """The rule, restated on whole sequences: users whose example shows the future or a seen
+    negative.
+    """
     found = []
     for e in examples:
         known = list(data.train[e.user])
@@ -144,13 +149,17 @@ def test_no_leak_and_the_check_can_fail(split):
     assert leaks(DATA, split, examples) == []
     # negative controls: a history that holds its own target, and a negative that the user has had
     first = examples[0]
-    assert leaks(DATA, split, [replace(first, history=(*first.history, first.target))]) == [first.user]
+    assert leaks(DATA, split, [replace(first, history=(*first.history, first.target))]) == [
+        first.user
+    ]
     bad = replace(first, candidates=(first.target, first.history[0]))
     assert leaks(DATA, split, [bad]) == [first.user]
 
 
 def test_training_may_draw_what_only_val_and_test_hold():
-    """In training val and test are unknown, so their items can be negatives: of 16 items, 9 are not in train."""
+    """In training val and test are unknown, so their items can be negatives: of 16 items, 9 are not
+    in train.
+    """
     example = training_examples(DATA, targets_per_user=1, users=["a"])[0]
     drawn = draw_candidates([example], make_catalog(16))[0]
     assert set(drawn.candidates) == {6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
@@ -177,7 +186,8 @@ def test_candidates_are_distinct_unseen_and_reproducible():
         assert len(e.candidates) == 5 and set(e.candidates) - {2, 3} == {0, 5, 6, 7}
         assert len({titles[row] for row in e.candidates}) == 5
     assert draw_candidates(examples, items, negatives=4) == drawn
-    assert draw_candidates(examples[7:9][::-1], items, negatives=4) == drawn[7:9][::-1]  # a subset gets the same sets
+    # a subset gets the same sets
+    assert draw_candidates(examples[7:9][::-1], items, negatives=4) == drawn[7:9][::-1]
     assert draw_candidates(examples, items, negatives=4, seed=1) != drawn
     text = message(draw_candidates, examples, items, negatives=5)
     assert "'u0'" in text and "4 unseen" in text and "5 negatives" in text and "fewer" in text
@@ -188,18 +198,23 @@ def test_the_draw_depends_on_user_target_and_what_was_seen():
     """Of 10,000 items two independent sets of 9 agree with a probability of about 10,000 ** -9."""
     items = make_catalog(10_000)
     base = Example("u", (1,), 0, frozenset({0, 1}))
-    others = [replace(base, user="v"), replace(base, target=1), replace(base, seen=frozenset({0, 1, 2}))]
+    others = [
+        replace(base, user="v"), replace(base, target=1), replace(base, seen=frozenset({0, 1, 2}))
+    ]
     sets = [frozenset(e.candidates) - {0, 1} for e in draw_candidates([base, *others], items)]
     assert len(set(sets)) == 4
-    longer = replace(base, history=(2, 1))  # how much history is shown changes no set, so settings can be compared
+    # how much history is shown changes no set, so settings can be compared
+    longer = replace(base, history=(2, 1))
     assert frozenset(draw_candidates([longer], items)[0].candidates) - {0, 1} == sets[0]
 
 
 @pytest.mark.parametrize("n", [12, 400])  # the explicit pool, and rejection
 def test_candidates_are_uniform(n):
-    """Each unseen row is a negative with probability p = 9 / (n - 2), and each of 10 places holds the target 1 in 10.
+    """Each unseen row is a negative with probability p = 9 / (n - 2), and each of 10 places holds
+    the target 1 in 10.
 
-    The bound is 5 standard deviations of a binomial: with 410 such bounds a fair draw fails for one seed in some 4,000.
+    The bound is 5 standard deviations of a binomial: with 410 such bounds a fair draw fails for one
+    seed in some 4,000.
     """
     draws = 4000
     examples = [Example(f"u{i}", (0,), 1, frozenset({0, 1})) for i in range(draws)]
@@ -222,12 +237,18 @@ def test_hard_candidates():
     # 1 = B; 2 = B again; 4 has the target's title; 3 is seen; 5 = D
     assert set(drawn.candidates) == {0, 1, 5} and len(drawn.candidates) == 3
     text = message(draw_hard_candidates, [example], items, neighbors, negatives=3)
-    assert "'i0'" in text and "'u'" in text and "2 of 5" in text and "3 negatives" in text and "larger K" in text
+    assert "'i0'" in text
+    assert "'u'" in text
+    assert "2 of 5" in text
+    assert "3 negatives" in text
+    assert "larger K" in text
     assert "(6, M)" in message(draw_hard_candidates, [example], items, neighbors[:5])
     assert "float64" in message(draw_hard_candidates, [example], items, neighbors.astype(float))
     assert "-1" in message(draw_hard_candidates, [example], items, neighbors - 2)
     many = [replace(example, user=f"u{i}") for i in range(200)]
-    places = Counter(e.candidates.index(0) for e in draw_hard_candidates(many, items, neighbors, negatives=2))
+    places = Counter(
+        e.candidates.index(0) for e in draw_hard_candidates(many, items, neighbors, negatives=2)
+    )
     assert set(places) == {0, 1, 2}  # the target's position tells nothing
 
 
@@ -237,7 +258,9 @@ def frozen(tmp_path):
     examples = heldout_examples(DATA, "test")
     drawn = draw_candidates(examples, items)
     path = tmp_path / "candidates.json"
-    digest = save_candidates(path, drawn, items, kind="random", split="test", seed=2025, negatives=9)
+    digest = save_candidates(
+        path, drawn, items, kind="random", split="test", seed=2025, negatives=9
+    )
     return path, examples, items, drawn, digest
 
 
@@ -247,8 +270,12 @@ def test_save_and_load(frozen):
     assert json.loads(path.read_text())["sha256"] == digest
     # by id: another order of the titles file gives the same ids under other rows
     order = list(range(39, -1, -1))
-    turned = replace(items, ids=tuple(items.ids[i] for i in order), titles=tuple(items.titles[i] for i in order))
-    turn = [replace(e, target=39 - e.target, seen=frozenset(39 - r for r in e.seen)) for e in examples]
+    turned = replace(
+        items, ids=tuple(items.ids[i] for i in order), titles=tuple(items.titles[i] for i in order)
+    )
+    turn = [
+        replace(e, target=39 - e.target, seen=frozenset(39 - r for r in e.seen)) for e in examples
+    ]
     loaded = load_candidates(path, turn, turned)
     assert [[39 - r for r in e.candidates] for e in loaded] == [list(e.candidates) for e in drawn]
     assert "no candidates" in message(save_candidates, path, examples, items)
@@ -257,7 +284,10 @@ def test_save_and_load(frozen):
 def test_load_refuses_other_facts_and_edits(frozen):
     path, examples, items, _, _ = frozen
     text = message(load_candidates, path, examples, items, seed=7)
-    assert str(path) in text and "seed is 2025" in text and "expected 7" in text and "delete the file" in text
+    assert str(path) in text
+    assert "seed is 2025" in text
+    assert "expected 7" in text
+    assert "delete the file" in text
     assert "encoder is None" in message(load_candidates, path, examples, items, encoder="x")
     assert "expected 2" in message(load_candidates, path, examples[:2], items)
     text = message(load_candidates, path, [examples[1], examples[0], examples[2]], items)

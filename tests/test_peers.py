@@ -1,4 +1,6 @@
-"""PEFT as a peer: it loads our adapter files and we load its own, with the same logits. Skipped where PEFT is not installed."""
+"""PEFT as a peer: it loads our adapter files and we load its own, with the same logits. Skipped
+where PEFT is not installed.
+"""
 
 import warnings
 
@@ -8,11 +10,12 @@ import toy
 
 from hanorec import export
 from hanorec.base.errors import InputError
-from hanorec.lora.files import attach_adapter, attach_policy, save_adapter, save_policy
+from hanorec.lora.files import save_adapter, save_policy
 from hanorec.lora.layer import lora_layers
+from hanorec.lora.loading import attach_adapter, attach_policy
+from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.load import load_backbone
-from hanorec.mllm.prompts import collate
 from hanorec.scoring import answer_logits
 
 peft = pytest.importorskip("peft")
@@ -27,14 +30,19 @@ def fresh(backbone):
 def logits(catalog, gallery):
     """logits(backbone) -> (M, V) at the answer positions of a prompt with images."""
     def compute(backbone):
-        batch = collate(backbone, [toy.ranking_row(backbone, catalog, gallery[backbone.family])], gallery[backbone.family])
+        batch = collate(
+            backbone, [toy.ranking_row(backbone, catalog, gallery[backbone.family])],
+            gallery[backbone.family],
+        )
         with torch.no_grad():
             return answer_logits(forward(backbone, batch), batch)
     return compute
 
 
 def peft_loads(backbone, folder):
-    """PEFT injects the adapter into the very modules of the model, so our forward then runs PEFT's layers."""
+    """PEFT injects the adapter into the very modules of the model, so our forward then runs PEFT's
+    layers.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT only warns of keys that it misses
         wrapped = peft.PeftModel.from_pretrained(backbone.model, str(folder))
@@ -59,7 +67,10 @@ def test_peft_loads_the_collapsed_stack(backbone, logits, tmp_path):
     save_adapter(backbone.model, tmp_path / "sft", backbone.path)
     toy.busy_lora(backbone.model, seed=4, r=2, alpha=3.0)
     save_policy(backbone.model, tmp_path / "dpo", backbone.path, below=tmp_path / "sft")
-    export.main(["--model", backbone.path, "--adapter", str(tmp_path / "dpo"), "--out", str(tmp_path / "one")])
+    export.main([
+        "--model", backbone.path, "--adapter", str(tmp_path / "dpo"),
+        "--out", str(tmp_path / "one"),
+    ])
     other = fresh(backbone)
     peft_loads(other, tmp_path / "one")
     torch.testing.assert_close(logits(other), logits(backbone), atol=1e-5, rtol=1e-5)
@@ -71,8 +82,16 @@ def test_peft_loads_the_collapsed_stack(backbone, logits, tmp_path):
 
 def peft_saves(backbone, folder, **options):
     """An adapter made and saved by PEFT, with random weights; the model keeps it."""
-    config = peft.LoraConfig(r=4, lora_alpha=10, lora_dropout=0.1, task_type="CAUSAL_LM", **{
-        "target_modules": r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"} | options)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=10, lora_dropout=0.1, task_type="CAUSAL_LM",
+        **{
+            "target_modules": (
+                r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|"
+                r"down_proj)"
+            )
+        }
+        | options,
+    )
     wrapped = peft.get_peft_model(backbone.model, config)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
@@ -99,7 +118,8 @@ def test_we_load_an_adapter_of_peft(backbone, logits, tmp_path):
     ({"use_dora": True}, "use_dora = True"),
     ({"use_rslora": True}, "use_rslora = True"),
     ({"rank_pattern": {"q_proj": 2}}, "rank_pattern = "),
-    ({"target_modules": r"model\.language_model\..*\.(q_proj|v_proj)"}, "20 tensors are missing"),  # 5 of 7 linears, A and B, 2 layers
+    # 5 of 7 linears, A and B, 2 layers
+    ({"target_modules": r"model\.language_model\..*\.(q_proj|v_proj)"}, "20 tensors are missing"),
 ])
 def test_variants_that_we_do_not_compute_are_refused(qwen, tmp_path, options, message):
     peft_saves(qwen, tmp_path, **options)

@@ -1,4 +1,6 @@
-"""Retrieve and rerank: by hand, and from train_brmrs.py to evaluate.py --retriever on a small Posterland."""
+"""Retrieve and rerank: by hand, and from train_brmrs.py to evaluate.py --retriever on a small
+Posterland.
+"""
 
 import json
 import math
@@ -14,9 +16,9 @@ import train_brmrs
 from hanorec.base.errors import InputError
 from hanorec.datasets.catalog import Catalog
 from hanorec.datasets.interactions import Example, load_interactions
-from hanorec.ranking.full_ranking import Seen
-from hanorec.ranking.reranking import places_by_score, rerank_report, retrieve, target_places
-from hanorec.ranking.retriever import Retriever, load_retriever
+from hanorec.ranking.reranking import places_by_score, rerank_report, target_places
+from hanorec.ranking.retriever import Retriever, load_retriever, retrieve
+from hanorec.ranking.sampler import Seen
 
 SMALL = ["--epochs", 3, "--dim", 8, "--batch", 64]
 
@@ -25,26 +27,47 @@ SMALL = ["--epochs", 3, "--dim", 8, "--batch", 64]
 def retriever(data, checkpoints, tmp_path_factory):
     """Folder of a BR-MRS trained on the data set for three epochs."""
     out = tmp_path_factory.mktemp("brmrs") / "out"
-    train_brmrs.main([*map(str, ["--data", data, "--model", checkpoints["qwen2_5_vl"], "--max-pixels", 1024, "--device", "cpu", "--out", out, *SMALL])])
+    train_brmrs.main([
+        *map(
+            str,
+            ["--data", data, "--model", checkpoints["qwen2_5_vl"], "--max-pixels", 1024,
+             "--device", "cpu", "--out", out, *SMALL],
+        )
+    ])
     return out
 
 
 def shop(tmp_path):
-    """Five items, one user "a" with items 0 (training) and 1 (validation); the user likes item i as much as 10 - i."""
-    catalog = Catalog(tmp_path, "shop", tuple("pqrst"), ("P", "Q", "R", "S", "T"), (None,) * 5, "none")
+    """Five items, one user "a" with items 0 (training) and 1 (validation); the user likes item i as
+    much as 10 - i.
+    """
+    catalog = Catalog(
+        tmp_path, "shop", tuple("pqrst"), ("P", "Q", "R", "S", "T"), (None,) * 5, "none"
+    )
     one = torch.ones(1, 1)
-    return catalog, Retriever(("a",), tuple("pqrst"), one, torch.tensor([[10.0], [9], [8], [7], [6]]), Seen(torch.tensor([0]), torch.tensor([0]), 1))
+    return catalog, Retriever(
+        ("a",), tuple("pqrst"), one, torch.tensor([[10.0], [9], [8], [7], [6]]),
+        Seen(torch.tensor([0]), torch.tensor([0]), 1),
+    )
 
 
 def test_retrieve_by_hand(tmp_path):
-    """Item 0 is masked as a training item, item 1 as one had since; what is left, best first: 2, 3, 4."""
+    """Item 0 is masked as a training item, item 1 as one had since; what is left, best first: 2, 3,
+    4.
+    """
     catalog, found = shop(tmp_path)
-    examples, places = retrieve(found, catalog, [Example("a", (0, 1), 3, frozenset({0, 1, 3}))], [(0, 1)], 2, seed=0)
+    examples, places = retrieve(
+        found, catalog, [Example("a", (0, 1), 3, frozenset({0, 1, 3}))], [(0, 1)], 2, seed=0
+    )
     assert sorted(examples[0].candidates) == [2, 3]
     assert dict(zip(examples[0].candidates, places[0].tolist(), strict=True)) == {2: 1, 3: 2}
     assert target_places(places, examples).tolist() == [2]
-    assert target_places(places, [replace(examples[0], target=4)]).tolist() == [math.inf]  # not retrieved
-    shuffled = {retrieve(found, catalog, [Example("a", (0,), 3, frozenset())], [(0,)], 4, seed)[0][0].candidates for seed in range(9)}
+    # not retrieved
+    assert target_places(places, [replace(examples[0], target=4)]).tolist() == [math.inf]
+    shuffled, example = set(), Example("a", (0,), 3, frozenset())
+    for seed in range(9):
+        examples, _ = retrieve(found, catalog, [example], [(0,)], 4, seed)
+        shuffled.add(examples[0].candidates)
     assert len(shuffled) > 3  # the prompt does not tell the retriever's order
 
 
@@ -64,11 +87,21 @@ def test_places_count_ties_against_all():
 
 
 def test_report_by_hand():
-    """Two users, three items each. Retriever: targets at 3 and missing. Policy: 1 and missing. Recall@3 is 0.5 for both; NDCG@3 is
-    (1 / log2 4 + 0) / 2 = 0.25 before and 0.5 after."""
-    examples = [Example("a", (9,), 7, frozenset(), (7, 8, 6)), Example("b", (9,), 5, frozenset(), (7, 8, 6))]
-    report = rerank_report(examples, np.array([[3, 1, 2], [1, 2, 3]]), {"policy": np.array([[2.0, 1, 0], [0, 1, 2]])}, seed=0)
-    value = {name: {metric: m["value"] for metric, m in order["metrics"].items()} for name, order in report["orders"].items()}
+    """Two users, three items each. Retriever: targets at 3 and missing. Policy: 1 and missing.
+    Recall@3 is 0.5 for both; NDCG@3 is (1 / log2 4 + 0) / 2 = 0.25 before and 0.5 after.
+    """
+    examples = [
+        Example("a", (9,), 7, frozenset(), (7, 8, 6)),
+        Example("b", (9,), 5, frozenset(), (7, 8, 6)),
+    ]
+    report = rerank_report(
+        examples, np.array([[3, 1, 2], [1, 2, 3]]), {"policy": np.array([[2.0, 1, 0], [0, 1, 2]])},
+        seed=0,
+    )
+    value = {
+        name: {metric: m["value"] for metric, m in order["metrics"].items()}
+        for name, order in report["orders"].items()
+    }
     assert report["retrieved"] == 0.5 and report["top_n"] == 3
     assert value["retriever"] == {"Recall@1": 0, "NDCG@1": 0, "Recall@3": 0.5, "NDCG@3": 0.25}
     assert value["policy"] == {"Recall@1": 0.5, "NDCG@1": 0.5, "Recall@3": 0.5, "NDCG@3": 0.5}
@@ -77,12 +110,23 @@ def test_report_by_hand():
 
 
 def run(data, checkpoints, out, *flags):
-    evaluate.main([*map(str, ["--model", checkpoints["qwen2_5_vl"], "--data", data, *toy.SHORT, "--out", out, *flags])])
+    evaluate.main([
+        *map(
+            str,
+            ["--model", checkpoints["qwen2_5_vl"], "--data", data, *toy.SHORT, "--out", out,
+             *flags],
+        )
+    ])
 
 
 def test_from_catalogue_to_list(data, checkpoints, sft, retriever, tmp_path, catalog):
-    """Every user's eight items are the retriever's best unseen ones, recomputed here; recall at N is the same before and after."""
-    run(data, checkpoints, tmp_path / "out", "--adapter", sft, "--adapter", "base", "--retriever", retriever, "--top-n", 8)
+    """Every user's eight items are the retriever's best unseen ones, recomputed here; recall at N
+    is the same before and after.
+    """
+    run(
+        data, checkpoints, tmp_path / "out", "--adapter", sft, "--adapter", "base",
+        "--retriever", retriever, "--top-n", 8,
+    )
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     stored = load_retriever(retriever)
     interactions = load_interactions(data, catalog)
@@ -90,22 +134,27 @@ def test_from_catalogue_to_list(data, checkpoints, sft, retriever, tmp_path, cat
     assert len(report["users"]) == 24
     for row in report["users"]:
         had = set(interactions.before(row["user"], "test"))
-        order = [i for i in np.argsort(-s[stored.users.index(row["user"])], kind="stable") if i not in had][:8]
-        assert row["retrieved"] == [catalog.ids[i] for i in order]
+        order = np.argsort(-s[stored.users.index(row["user"])], kind="stable")
+        new = [i for i in order if i not in had]
+        assert row["retrieved"] == [catalog.ids[i] for i in new[:8]]
     hits = np.mean([row["target"] in row["retrieved"] for row in report["users"]])
     assert report["retrieved"] == pytest.approx(hits)
     assert set(report["orders"]) == {"retriever", str(sft), "base"}
     for order in report["orders"].values():
         assert order["metrics"]["Recall@5"]["value"] <= report["retrieved"]
         assert sum(rank is None for rank in order["ranks"]) == round(24 * (1 - hits))
-    assert set(report["seconds_per_user"]) == {"retrieval", str(sft), "base"} and min(report["seconds_per_user"].values()) > 0
+    assert set(report["seconds_per_user"]) == {"retrieval", str(sft), "base"}
+    assert min(report["seconds_per_user"].values()) > 0
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert set(facts["inputs"]) == {"data", "retriever", str(sft)}
 
 
 def test_a_list_for_one_user(data, checkpoints, retriever, tmp_path):
     user = load_retriever(retriever).users[3]
-    run(data, checkpoints, tmp_path / "out", "--retriever", retriever, "--top-n", 6, "--user", user, "--top-k", 6)
+    run(
+        data, checkpoints, tmp_path / "out", "--retriever", retriever, "--top-n", 6, "--user", user,
+        "--top-k", 6,
+    )
     (found,) = json.loads((tmp_path / "out" / "recommendations.json").read_text())
     assert len(found["items"]) == 6 and len({item["id"] for item in found["items"]}) == 6
     scores = [item["score"] for item in found["items"]]
@@ -117,13 +166,19 @@ def test_a_folder_that_is_no_retriever(data, checkpoints, sft, tmp_path):
         run(data, checkpoints, tmp_path / "out", "--retriever", sft)
 
 
-def test_shuffled_images_change_the_order_and_not_what_is_retrieved(data, checkpoints, retriever, tmp_path):
+def test_shuffled_images_change_the_order_and_not_what_is_retrieved(
+    data, checkpoints, retriever, tmp_path
+):
     reports = {}
     for images in ("own", "shuffled"):
-        run(data, checkpoints, tmp_path / images, "--retriever", retriever, "--top-n", 8, "--images", images)
+        run(
+            data, checkpoints, tmp_path / images, "--retriever", retriever, "--top-n", 8,
+            "--images", images,
+        )
         reports[images] = json.loads((tmp_path / images / "metrics.json").read_text())
     assert reports["own"]["users"] == reports["shuffled"]["users"]
-    assert reports["own"]["orders"]["base"]["ranks"] != reports["shuffled"]["orders"]["base"]["ranks"]
+    own, shuffled = (reports[images]["orders"]["base"] for images in ("own", "shuffled"))
+    assert own["ranks"] != shuffled["ranks"]
 
 
 def test_no_similarity_report_of_a_reranking(data, checkpoints, retriever, tmp_path):

@@ -1,4 +1,6 @@
-"""A run that is killed, at any moment, goes on to the very result of a run that never was: weights, log and noise, to the bit."""
+"""A run that is killed, at any moment, goes on to the very result of a run that never was: weights,
+log and noise, to the bit.
+"""
 
 import builtins
 import errno
@@ -15,68 +17,68 @@ import time
 import pytest
 import torch
 import toy
+from processes import in_a_child
 
 import train_dpo
 import train_sft
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import sha256, write_json
-from hanorec.run import checkpoint
+from hanorec.run import run as training_run
 from hanorec.run.checkpoint import generators, load_checkpoint, save_checkpoint
-from hanorec.run.record import append_log, open_run
+from hanorec.run.log import append_log
+from hanorec.run.record import open_run
 
-LONG = ["--targets-per-user", 1, "--epochs", 3, "--micro-batch", 4, "--accumulation", 2, "--learning-rate", 1e-3]  # 9 steps; dropout and noise on
-
-
-def in_a_child(work, *, kill_after=None):
-    """Run `work` in a forked process, killed with SIGKILL after so many seconds if it still runs. Returns its exit status: 0, 1, or -9."""
-    child = os.fork()
-    if child == 0:
-        try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            work()
-            os._exit(0)
-        except BaseException:  # noqa: BLE001  whatever it was, the child must not go on as a second pytest
-            os._exit(1)
-    end = time.monotonic() + (kill_after if kill_after is not None else 600)
-    while time.monotonic() < end:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+# 9 steps; dropout and noise on
+LONG = [
+    "--targets-per-user", 1, "--epochs", 3, "--micro-batch", 4, "--accumulation", 2,
+    "--learning-rate", 1e-3,
+]
 
 
 def results(out):
-    """What must be equal: adapter, log, and whatever else lies there but for times and folder names."""
-    return sha256(out / "adapter_model.safetensors"), (out / "log.jsonl").read_bytes(), sorted(p.name for p in out.iterdir())
+    """What must be equal: adapter, log, and whatever else lies there but for times and folder
+    names.
+    """
+    return (
+        sha256(out / "adapter_model.safetensors"), (out / "log.jsonl").read_bytes(),
+        sorted(p.name for p in out.iterdir()),
+    )
 
 
 # ---- the whole scripts, killed by the clock ----
 
 
 @pytest.mark.parametrize(("main", "kills", "flags"), [
-    (train_sft.main, 6, []), (train_dpo.main, 20, ["--eta", "ema", "--save-every", 2]), (train_dpo.main, 2, ["--plain", "true"])],
-    ids=["sft", "dpo", "plain"])
-def test_killed_at_random_points(launch, data, checkpoints, sft, tmp_path, main, kills, flags):
-    """`kills` SIGKILLs at random moments of runs that are started again and again; every one ends as the run that was left alone."""
-    argv = ["--model", checkpoints["qwen2_5_vl"], "--data", data, *toy.SHORT, *LONG, "--save-every", 1, *flags,
-            *(["--sft", sft] if main is train_dpo.main else [])]
-    start = time.monotonic()
-    main([*map(str, argv), "--out", str(tmp_path / "whole")])
-    took = time.monotonic() - start
+    (train_sft.main, 6, []),
+    (train_dpo.main, 20, ["--eta", "ema", "--save-every", 2]),
+    (train_dpo.main, 2, ["--plain", "true"]),
+], ids=["sft", "dpo", "plain"])
+def test_killed_at_random_points(data, checkpoints, sft, tmp_path, main, kills, flags):
+    """`kills` SIGKILLs at random moments of runs that are started again and again; every one ends
+    as the run that was left alone.
+    """
+    argv = ["--model", checkpoints["qwen2_5_vl"], "--data", data, *toy.SHORT, *LONG]
+    argv += ["--save-every", 1, *flags]
+    argv += ["--sft", sft] if main is train_dpo.main else []
+
+    def command(out):
+        return [str(word) for word in [*argv, "--out", out]]
+
+    in_a_child(os.getpid)  # the first child waits for the server
+    begin = time.monotonic()
+    assert in_a_child(main, command(tmp_path / "whole")) == 0
+    took = time.monotonic() - begin
     expected, rng, killed, number = results(tmp_path / "whole"), random.Random(5), 0, 0
     while killed < kills:
         out, number = tmp_path / f"run{number}", number + 1
         for _ in range(200):
-            if (out / "adapter_config.json").exists():  # killed after the result was whole: a finished run, which is left as it is
+            if (out / "adapter_config.json").exists():
+                # killed after the result was whole: a finished run, which is left as it is
                 with pytest.raises(InputError, match="holds a finished run"):
-                    main([*map(str, argv), "--out", str(out)])
+                    main(command(out))
                 break
-            status = in_a_child(lambda: main([*map(str, argv), "--out", str(out)]), kill_after=rng.uniform(0, took))  # noqa: B023  it is called at once
+            status = in_a_child(main, command(out), kill_after=rng.uniform(0, took))
             assert status in (0, -signal.SIGKILL)
             killed += status != 0
             if status == 0:
@@ -88,7 +90,9 @@ def test_killed_at_random_points(launch, data, checkpoints, sft, tmp_path, main,
 
 
 class Loop:
-    """The smallest training loop with all the state that ours have: weights, Adam, dropout, a generator of its own, a running mean, a log."""
+    """The smallest training loop with all the state that ours have: weights, Adam, dropout, a
+    generator of its own, a running mean, a log.
+    """
 
     def __init__(self, out, steps=4):
         self.out, self.steps = out, steps
@@ -119,8 +123,17 @@ class Loop:
         return (self.out / "result.json").read_text(), (self.out / "log.jsonl").read_text()
 
 
-TOUCHING = [(os, "replace"), (os, "fsync"), (os, "chmod"), (os, "fdopen"), (os, "truncate"), (os, "mkdir"), (builtins, "open"),
-            (tempfile, "mkstemp"), (shutil, "rmtree")]
+TOUCHING = [
+    (os, "replace"),
+    (os, "fsync"),
+    (os, "chmod"),
+    (os, "fdopen"),
+    (os, "truncate"),
+    (os, "mkdir"),
+    (builtins, "open"),
+    (tempfile, "mkstemp"),
+    (shutil, "rmtree"),
+]
 
 
 def at_call(n, act):
@@ -138,13 +151,20 @@ def at_call(n, act):
         setattr(module, name, watched(getattr(module, name)))
 
 
+def killed_at(n, loop):
+    at_call(n, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    loop.run()
+
+
 def test_killed_between_any_two_calls(tmp_path):
-    """From the first call that touches a file to the last one: killed just before it, started again, and ended as if nothing had been."""
+    """From the first call that touches a file to the last one: killed just before it, started
+    again, and ended as if nothing had been.
+    """
     whole = Loop(tmp_path / "whole")
     assert in_a_child(whole.run) == 0
     for n in range(1000):
         loop = Loop(tmp_path / f"{n}")
-        status = in_a_child(lambda: (at_call(n, lambda: os.kill(os.getpid(), signal.SIGKILL)), loop.run()))  # noqa: B023
+        status = in_a_child(killed_at, n, loop)
         if status == 0:
             break
         assert status == -signal.SIGKILL
@@ -155,31 +175,35 @@ def test_killed_between_any_two_calls(tmp_path):
     assert n > 40  # there were so many calls
 
 
+NO_SUCH_CALL = 5
+
+
+def failing_at(n, fault, loop):
+    failed = []
+
+    def fail():
+        failed.append(n)
+        raise OSError(fault, os.strerror(fault), "checkpoint")
+
+    at_call(n, fail)
+    try:
+        run(loop.run)
+    except SystemExit as stop:
+        os._exit(stop.code)
+    os._exit(0 if failed else NO_SUCH_CALL)
+
+
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO], ids=["no space", "I/O error"])
-def test_a_failing_disk_is_reported_and_loses_nothing(tmp_path, fault, capfd):
-    """Each call fails in turn: exit code 2 and one line, and the next start ends as a run that never failed."""
+def test_a_failing_disk_is_reported_and_loses_nothing(tmp_path, fault):
+    """Each call fails in turn: exit code 2 and one line, and the next start ends as a run that
+    never failed.
+    """
     whole = Loop(tmp_path / "whole")
     assert in_a_child(whole.run) == 0
-
     for n in range(1000):
         loop = Loop(tmp_path / f"{n}")
-
-        def work(n=n, loop=loop):
-            failed = []
-
-            def fail():
-                failed.append(n)
-                raise OSError(fault, os.strerror(fault), "checkpoint")
-
-            at_call(n, fail)
-            try:
-                run(loop.run)
-            except SystemExit as stop:
-                os._exit(stop.code)
-            os._exit(0 if failed else 5)
-
-        status = in_a_child(work)
-        if status == 5:  # there is no n-th call
+        status = in_a_child(failing_at, n, fault, loop)
+        if status == NO_SUCH_CALL:
             break
         assert status in (0, 2), n  # 0: what failed was the making of a folder that is there
         if not (loop.out / "result.json").exists():
@@ -188,38 +212,33 @@ def test_a_failing_disk_is_reported_and_loses_nothing(tmp_path, fault, capfd):
     assert n > 40
 
 
+def counting_checkpoints(loop, path):
+    """Run; write how many whole checkpoints lie there at each call from the second's writing on."""
+    counts, writing = [], []
+    save = save_checkpoint
+
+    def watched_save(out, step, *args, **kwargs):
+        writing.append(step)
+        save(out, step, *args, **kwargs)
+
+    def watched(real):
+        def call(*args, **kwargs):
+            if len(writing) > 1:
+                found = [{f.name for f in p.iterdir()} for p in loop.out.glob("checkpoint-*")]
+                counts.append(found.count({"state.safetensors", "state.json"}))
+            return real(*args, **kwargs)
+        return call
+
+    globals()["save_checkpoint"] = watched_save
+    for module, name in TOUCHING:
+        setattr(module, name, watched(getattr(module, name)))
+    loop.run()
+    path.write_text(json.dumps(counts))
+
+
 def test_a_checkpoint_is_deleted_only_when_the_next_is_whole(tmp_path):
     """At every call of the second checkpoint's writing a whole one lies there."""
-    loop = Loop(tmp_path / "run")
-    whole = []
-
-    def look():
-        found = [p for p in loop.out.glob("checkpoint-*") if {f.name for f in p.iterdir()} == {"state.safetensors", "state.json"}]
-        whole.append(len(found))
-
-    seen = {"first": False}
-    real = checkpoint.save_checkpoint
-
-    def watched(out, step, *args, **kwargs):
-        if step > 2:
-            seen["first"] = True
-        real(out, step, *args, **kwargs)
-
-    def work():
-        globals()["save_checkpoint"] = watched
-        for module, name in TOUCHING:
-            original = getattr(module, name)
-
-            def call(*args, original=original, **kwargs):
-                if seen["first"]:
-                    look()
-                return original(*args, **kwargs)
-
-            setattr(module, name, call)
-        loop.run()
-        (tmp_path / "counts").write_text(json.dumps(whole))
-
-    assert in_a_child(work) == 0
+    assert in_a_child(counting_checkpoints, Loop(tmp_path / "run"), tmp_path / "counts") == 0
     counts = json.loads((tmp_path / "counts").read_text())
     assert len(counts) > 20 and min(counts) >= 1 and max(counts) == 2
 
@@ -239,7 +258,10 @@ def stopped(tmp_path):
 def test_other_settings_are_refused(stopped):
     stopped.steps = 4
     before = {p: p.read_bytes() for p in stopped.out.rglob("*") if p.is_file()}
-    with pytest.raises(InputError, match="run: holds a stopped run with steps = 3, this command has 4; give the same"):
+    with pytest.raises(
+        InputError,
+        match="run: holds a stopped run with steps = 3, this command has 4; give the same",
+    ):
         stopped.run()
     assert {p: p.read_bytes() for p in stopped.out.rglob("*") if p.is_file()} == before
 
@@ -270,21 +292,31 @@ def test_a_damaged_checkpoint_is_refused(stopped, damage, words):
         stopped.run()
 
 
-@pytest.mark.parametrize("change", [lambda state: state.pop("step"), lambda state: state.update(facts=[]), lambda state: state.update(log_bytes="9")])
+@pytest.mark.parametrize(
+    "change",
+    [lambda state: state.pop("step"), lambda state: state.update(facts=[]),
+     lambda state: state.update(log_bytes="9")],
+)
 def test_an_edited_state_is_refused(stopped, change):
     path = next(stopped.out.glob("checkpoint-*")) / "state.json"
     state = json.loads(path.read_text())
     change(state)
     path.write_text(json.dumps(state))
-    with pytest.raises(InputError, match="state.json: step = .*, facts = .*, log_bytes = .*, expected"):
+    with pytest.raises(
+        InputError, match="state.json: step = .*, facts = .*, log_bytes = .*, expected"
+    ):
         stopped.run()
 
 
-@pytest.mark.parametrize("lose", [lambda log: log.unlink(), lambda log: log.write_text("")], ids=["deleted", "emptied"])
+@pytest.mark.parametrize(
+    "lose", [lambda log: log.unlink(), lambda log: log.write_text("")], ids=["deleted", "emptied"]
+)
 def test_a_lost_log_is_refused(stopped, lose):
     """Going on would leave a gap in it."""
     lose(stopped.out / "log.jsonl")
-    with pytest.raises(InputError, match="log.jsonl: 0 bytes, expected at least .*: lines are lost"):
+    with pytest.raises(
+        InputError, match="log.jsonl: 0 bytes, expected at least .*: lines are lost"
+    ):
         stopped.run()
 
 
@@ -292,60 +324,96 @@ def test_another_kind_of_device_is_refused(stopped):
     """As if the run had been begun on a GPU, whose dropout has a generator of its own."""
     weights = [torch.zeros(3, 2, requires_grad=True), torch.zeros(2, requires_grad=True)]
     sources = generators(torch.device("cpu"), own=torch.Generator(), cuda=torch.Generator())
-    with pytest.raises(InputError, match="holds the random generators .*'own', 'torch'.*, this run has .*'cuda', 'own', 'torch'"):
+    with pytest.raises(
+        InputError,
+        match=(
+            "holds the random generators .*'own', 'torch'.*, this run has .*'cuda', 'own', 'torch'"
+        ),
+    ):
         load_checkpoint(stopped.out, weights, torch.optim.AdamW(weights), sources)
 
 
 def test_another_model_is_refused(stopped):
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     with pytest.raises(InputError, match="weights have other shapes"):
-        load_checkpoint(stopped.out, [torch.zeros(1)], optimizer, generators(torch.device("cpu"), own=torch.Generator()))
+        load_checkpoint(
+            stopped.out, [torch.zeros(1)], optimizer,
+            generators(torch.device("cpu"), own=torch.Generator()),
+        )
 
 
 def test_the_log_has_no_line_twice(stopped):
-    """Three steps were done, the checkpoint is of the second: the third line goes and comes again."""
+    """Three steps were done, the checkpoint is of the second: the third line goes and comes again.
+    """
     assert len((stopped.out / "log.jsonl").read_text().splitlines()) == 3
     stopped.run()
-    assert [json.loads(line)["step"] for line in (stopped.out / "log.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert [
+        json.loads(line)["step"] for line in (stopped.out / "log.jsonl").read_text().splitlines()
+    ] == [0, 1, 2]
+
+
+def exit_at_a_pickle(event, _):
+    if event == "pickle.find_class":
+        os._exit(7)
+
+
+def stopped_after(step):
+    """In a child: end it once that step is in the log."""
+    append = training_run.append_log
+
+    def then_stop(path, record):
+        append(path, record)
+        if record["step"] == step:
+            os._exit(3)
+
+    training_run.append_log = then_stop
+
+
+def watched_for_pickles(argv, stop_after=None):
+    sys.addaudithook(exit_at_a_pickle)
+    if stop_after is not None:
+        stopped_after(stop_after)
+    train_dpo.main(argv)
+
+
+def unpickle():
+    sys.addaudithook(exit_at_a_pickle)
+    pickle.loads(pickle.dumps(errno.errorcode.get))
 
 
 def test_nothing_is_pickled(checkpoints, data, tmp_path):
-    """A run that is stopped and goes on unpickles nothing (the interpreter itself would say so), and leaves safetensors and JSON alone."""
-    argv = [*map(str, ["--model", checkpoints["qwen2_5_vl"], "--data", data, *toy.SHORT, *LONG, "--save-every", 1, "--out", tmp_path / "out"])]
-
-    def work(stop):
-        def audit(event, _):
-            if event == "pickle.find_class":
-                os._exit(7)
-
-        sys.addaudithook(audit)
-        if stop:
-            train_dpo.append_log = lambda path, record: (append_log(path, record), record["step"] == 4 and os._exit(3))
-        train_dpo.main(argv)
-
-    assert in_a_child(lambda: work(True)) == 3
-    assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} == {".safetensors", ".json", ".jsonl", ".tsv"}
-    assert in_a_child(lambda: work(False)) == 0
-    assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} == {".safetensors", ".json", ".jsonl", ".tsv"}
-    assert in_a_child(lambda: (sys.addaudithook(lambda event, _: event == "pickle.find_class" and os._exit(7)),  # the check can fail
-                               pickle.loads(pickle.dumps(errno.errorcode.get)))) == 7
+    """A run that is stopped and goes on unpickles nothing (the interpreter itself would say so),
+    and leaves safetensors and JSON alone.
+    """
+    out = tmp_path / "out"
+    argv = ["--model", checkpoints["qwen2_5_vl"], "--data", data, *toy.SHORT, *LONG]
+    argv = [str(word) for word in [*argv, "--save-every", 1, "--out", out]]
+    for stop_after, status in [(4, 3), (None, 0)]:
+        assert in_a_child(watched_for_pickles, argv, stop_after) == status
+        kinds = {p.suffix for p in out.rglob("*") if p.is_file()}
+        assert kinds == {".safetensors", ".json", ".jsonl", ".tsv"}
+    assert in_a_child(unpickle) == 7  # the check can fail
 
 
-def test_changed_inputs_are_refused(launch, data, checkpoints, sft, tmp_path):
-    """The settings name the same folders, but the titles in one of them have changed: the run does not go on."""
+def sft_stopped_after(step, argv):
+    stopped_after(step)
+    train_sft.main(argv)
+
+
+def test_changed_inputs_are_refused(data, checkpoints, tmp_path):
+    """The settings name the same folders, but the titles in one of them have changed: the run does
+    not go on.
+    """
     folder = tmp_path / "data"
     shutil.copytree(data, folder)
-    argv = [*map(str, ["--model", checkpoints["qwen2_5_vl"], "--data", folder, *toy.SHORT, *LONG, "--save-every", 1, "--out", tmp_path / "out"])]
-
-    def work():
-        train_sft.append_log = lambda path, record: (append_log(path, record), record["step"] == 2 and os._exit(3))
-        train_sft.main(argv)
-
-    assert in_a_child(work) == 3
+    argv = ["--model", checkpoints["qwen2_5_vl"], "--data", folder, *toy.SHORT, *LONG]
+    argv = [str(word) for word in [*argv, "--save-every", 1, "--out", tmp_path / "out"]]
+    assert in_a_child(sft_stopped_after, 2, argv) == 3
     path = folder / "Posterland_titles.csv"
     old = path.read_text()
     path.write_text(old.replace(" Again", " Once More"))
-    with pytest.raises(InputError, match="run.json: this run was started with data of hash .*, expected no change"):
+    changed = "run.json: this run was started with data of hash .*, expected no change"
+    with pytest.raises(InputError, match=changed):
         train_sft.main(argv)
     path.write_text(old)
     train_sft.main(argv)

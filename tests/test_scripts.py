@@ -1,4 +1,6 @@
-"""train_sft.py and train_dpo.py from end to end, on the tiny Qwen2.5-VL and a Posterland of 24 users."""
+"""train_sft.py and train_dpo.py from end to end, on the tiny Qwen2.5-VL and a Posterland of 24
+users.
+"""
 
 import json
 import math
@@ -17,14 +19,17 @@ import train_sft
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import sha256
-from hanorec.lora.files import attach_policy, save_adapter
+from hanorec.lora.files import save_adapter
 from hanorec.lora.layer import add_lora, lora_layers
+from hanorec.lora.loading import attach_policy
 from hanorec.mllm.load import load_backbone
 from hanorec.mllm.tasks import negatives_of, preferences, sft_rows
 
 SFT_KEYS = {"step", "epoch", "loss", "gradient_norm", "learning_rate"}
-DPO_KEYS = SFT_KEYS | {"accuracy", "chosen_reward", "rejected_reward", "margin", "lambda", "lambda_min", "lambda_max", "eta", "beta",
-                       "beta_min", "beta_max", "kl"}
+DPO_KEYS = SFT_KEYS | {
+    "accuracy", "chosen_reward", "rejected_reward", "margin", "lambda", "lambda_min", "lambda_max",
+    "eta", "beta", "beta_min", "beta_max", "kl",
+}
 BETA0, DIGITS = 0.1, 2e-6  # the log rounds to 6 digits
 
 
@@ -34,7 +39,9 @@ def check_log(log, keys, steps, rate=1e-3):
     for record in log:
         assert set(record) == keys
         assert all(math.isfinite(value) for value in record.values() if value is not None)
-        assert record["learning_rate"] == pytest.approx(rate * 0.5 * (1 + math.cos(math.pi * record["step"] / steps)), abs=DIGITS)
+        assert record["learning_rate"] == pytest.approx(
+            rate * 0.5 * (1 + math.cos(math.pi * record["step"] / steps)), abs=DIGITS
+        )
         assert record["gradient_norm"] > 0
 
 
@@ -43,24 +50,37 @@ def check_log(log, keys, steps, rate=1e-3):
 
 @pytest.mark.parametrize(("task", "rows"), [("ranking", 24), ("binary", 48)])
 def test_sft(launch, data, checkpoints, task, rows):
-    """The log, and its first loss from the model itself: minus the mean log-probability of an answer token of the first step."""
-    out, log, facts = launch(train_sft.main, *toy.STEPS, "--task", task, "--lora-dropout", 0, "--micro-batch", 16, "--accumulation", 3)
+    """The log, and its first loss from the model itself: minus the mean log-probability of an
+    answer token of the first step.
+    """
+    out, log, facts = launch(
+        train_sft.main, *toy.STEPS, "--task", task, "--lora-dropout", 0, "--micro-batch", 16,
+        "--accumulation", 3,
+    )
     check_log(log, SFT_KEYS, 1)  # 48 rows in a step: it holds all rows, whatever their order
     assert (facts["rows"], facts["steps"], facts["settings"]["task"]) == (rows, 1, task)
     backbone, source, examples = toy.source_of(data, checkpoints, task)
     every = sft_rows(source, examples, 2025)
     with torch.no_grad():
         total = sum(toy.log_probs(backbone, [row], source.pictures).item() for row in every)
-    assert log[0]["loss"] == pytest.approx(-total / sum(len(row.answers[0]) for row in every), abs=1e-5)
+    assert log[0]["loss"] == pytest.approx(
+        -total / sum(len(row.answers[0]) for row in every), abs=1e-5
+    )
     attach_policy(backbone.model, out)
-    assert facts["trained_weights"] == sum(w.numel() for w in toy.weights(lora_layers(backbone.model).values()))
+    assert facts["trained_weights"] == sum(
+        w.numel() for w in toy.weights(lora_layers(backbone.model).values())
+    )
     assert json.loads((out / "hanorec.json").read_text())["prompt"]["task"] == task
 
 
 def test_sft_learns_a_tiny_set(launch, data, checkpoints):
-    """Six users, 15 epochs of one step: the loss falls to less than half, and so it is for the saved adapter."""
-    out, log, _ = launch(train_sft.main, "--targets-per-user", 1, "--users-to", 0.25, "--epochs", 15, "--micro-batch", 6, "--accumulation", 1,
-                         "--learning-rate", 1e-2, "--lora-dropout", 0)
+    """Six users, 15 epochs of one step: the loss falls to less than half, and so it is for the
+    saved adapter.
+    """
+    out, log, _ = launch(
+        train_sft.main, "--targets-per-user", 1, "--users-to", 0.25, "--epochs", 15,
+        "--micro-batch", 6, "--accumulation", 1, "--learning-rate", 1e-2, "--lora-dropout", 0,
+    )
     check_log(log, SFT_KEYS, 15, 1e-2)
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
     backbone, source, examples = toy.source_of(data, checkpoints, users_to=0.25)
@@ -69,13 +89,17 @@ def test_sft_learns_a_tiny_set(launch, data, checkpoints):
     attach_policy(backbone.model, out)
     backbone.model.eval()
     with torch.no_grad():
-        loss = -toy.log_probs(backbone, rows, source.pictures).sum().item() / sum(len(row.answers[0]) for row in rows)
+        loss = -toy.log_probs(backbone, rows, source.pictures).sum().item() / sum(
+            len(row.answers[0]) for row in rows
+        )
     assert loss < log[-1]["loss"] + 1e-3
 
 
 def test_sft_continued_stands_on_the_first(launch, sft):
     out, _, _ = launch(train_sft.main, *toy.STEPS, "--sft", sft)
-    assert sha256(out / "below" / "adapter_model.safetensors") == sha256(sft / "adapter_model.safetensors")
+    assert sha256(out / "below" / "adapter_model.safetensors") == sha256(
+        sft / "adapter_model.safetensors"
+    )
     assert toy.furthest(out, sft) > 0
 
 
@@ -85,42 +109,65 @@ def test_sft_continued_stands_on_the_first(launch, sft):
 @pytest.mark.equation("HN-8", "HN-9")
 @pytest.mark.parametrize("ablation", ["full", "no_hars", "no_nodo", "no_sam", "dpo"])
 def test_ablations(launch, sft, ablation):
-    """Each switch does what its name says, read off the log: beta' = eta lambda beta0 with HaRS, beta0 without; noise or none."""
-    live = ["--reference", "live"]  # the same forward as the policy's, so that equal means equal to the bit
-    out, log, facts = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--ablation", ablation, "--lora-dropout", 0, *live)
+    """Each switch does what its name says, read off the log: beta' = eta lambda beta0 with HaRS,
+    beta0 without; noise or none.
+    """
+    # the same forward as the policy's, so that equal means equal to the bit
+    live = ["--reference", "live"]
+    out, log, facts = launch(
+        train_dpo.main, *toy.STEPS, "--sft", sft, "--ablation", ablation, "--lora-dropout", 0,
+        *live
+    )
     check_log(log, DPO_KEYS, 3)
     assert facts["sigma_n"] == (0 if ablation in ("no_nodo", "dpo") else 0.05)
     first = log[0]
     if facts["sigma_n"] == 0:  # policy = reference in the first step
         assert first["loss"] == pytest.approx(math.log(2), abs=DIGITS)
-        assert first["margin"] == first["chosen_reward"] == first["rejected_reward"] == first["accuracy"] == 0
+        for key in ("margin", "chosen_reward", "rejected_reward", "accuracy"):
+            assert first[key] == 0, key
     else:
         assert abs(first["margin"]) > 1e-4
-    assert first["eta"] == 1  # the clean policy is the reference, noise or not: all reward gaps are 0
+    # the clean policy is the reference, noise or not: all reward gaps are 0
+    assert first["eta"] == 1
     for record in log:
-        assert record["margin"] == pytest.approx(record["chosen_reward"] - record["rejected_reward"], abs=DIGITS)
+        assert record["margin"] == pytest.approx(
+            record["chosen_reward"] - record["rejected_reward"], abs=DIGITS
+        )
         if ablation in ("no_hars", "dpo"):
-            assert record["lambda"] == record["lambda_min"] == record["lambda_max"] == record["eta"] == 1
+            for key in ("lambda", "lambda_min", "lambda_max", "eta"):
+                assert record[key] == 1, key
             assert record["beta"] == record["beta_min"] == record["beta_max"] == BETA0
         else:
-            assert 0.5 < record["lambda_min"] < record["lambda"] < record["lambda_max"] < (0.881 if ablation == "no_sam" else 0.805)
+            assert 0.5 < record["lambda_min"] < record["lambda"] < record["lambda_max"]
+            assert record["lambda_max"] < (0.881 if ablation == "no_sam" else 0.805)
             for which in ("", "_min", "_max"):
-                assert record[f"beta{which}"] == pytest.approx(record["eta"] * record[f"lambda{which}"] * BETA0, abs=DIGITS)
+                assert record[f"beta{which}"] == pytest.approx(
+                    record["eta"] * record[f"lambda{which}"] * BETA0, abs=DIGITS
+                )
     if ablation in ("full", "no_nodo", "no_sam"):
         assert any(record["eta"] != 1 for record in log[1:])
     facts = json.loads((out / "hanorec.json").read_text())
     assert (facts["stage"], facts["ablation"]) == ("dpo", ablation)
-    assert sha256(out / "below" / "adapter_model.safetensors") == sha256(sft / "adapter_model.safetensors")
+    assert sha256(out / "below" / "adapter_model.safetensors") == sha256(
+        sft / "adapter_model.safetensors"
+    )
     assert any((value != 0).any() for key, value in toy.adapter(out).items() if "lora_B" in key)
 
 
 @pytest.mark.equation("DPO-1", "HN-11")
-@pytest.mark.parametrize(("task", "ablation"), [("ranking", "full"), ("ranking", "dpo"), ("binary", "full")])
+@pytest.mark.parametrize(
+    ("task", "ablation"), [("ranking", "full"), ("ranking", "dpo"), ("binary", "full")]
+)
 def test_dpo_moves_toward_what_the_user_chose(launch, data, checkpoints, sft, task, ablation):
-    """Six users, 40 steps: for every example the saved policy prefers the user's item over the other one by more than the SFT
-    policy did. What was chosen is read from the data, not from the pairs."""
-    out, log, _ = launch(train_dpo.main, "--targets-per-user", 1, "--users-to", 0.25, "--epochs", 40, "--micro-batch", 12, "--accumulation", 1,
-                         "--learning-rate", 1e-2, "--lora-dropout", 0, "--sft", sft, "--task", task, "--ablation", ablation, "--sigma", 0.01)
+    """Six users, 40 steps: for every example the saved policy prefers the user's item over the
+    other one by more than the SFT policy did. What was chosen is read from the data, not from the
+    pairs.
+    """
+    out, log, _ = launch(
+        train_dpo.main, "--targets-per-user", 1, "--users-to", 0.25, "--epochs", 40,
+        "--micro-batch", 12, "--accumulation", 1, "--learning-rate", 1e-2, "--lora-dropout", 0,
+        "--sft", sft, "--task", task, "--ablation", ablation, "--sigma", 0.01,
+    )
     assert log[-1]["accuracy"] == 1 and log[-1]["margin"] > log[0]["margin"] + 0.1
     backbone, source, examples = toy.source_of(data, checkpoints, task, users_to=0.25)
     rows = []
@@ -143,10 +190,15 @@ def test_dpo_moves_toward_what_the_user_chose(launch, data, checkpoints, sft, ta
 @pytest.mark.equation("HN-1", "HN-2", "HN-4", "HN-5")
 @pytest.mark.parametrize("ablation", ["no_nodo", "no_sam"])
 def test_lambda_from_the_items_by_numpy(launch, data, checkpoints, sft, ablation):
-    """The range of lambda in run.json, by loops in float64 from the model's embeddings: union clusters, or the cosine alone. And
-    each pair's own beta' reaches the loss: normalised, at h = 0 and eta = 1, the loss is ln 2 times the mean of 1 / lambda."""
-    _, log, facts = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--ablation", ablation, "--k", 4, "--micro-batch", 8, "--accumulation", 3,
-                           "--normalised", "true", "--lora-dropout", 0, "--sigma", 0)
+    """The range of lambda in run.json, by loops in float64 from the model's embeddings: union
+    clusters, or the cosine alone. And each pair's own beta' reaches the loss: normalised, at h = 0
+    and eta = 1, the loss is ln 2 times the mean of 1 / lambda.
+    """
+    _, log, facts = launch(
+        train_dpo.main, *toy.STEPS, "--sft", sft, "--ablation", ablation, "--k", 4,
+        "--micro-batch", 8, "--accumulation", 3, "--normalised", "true", "--lora-dropout", 0,
+        "--sigma", 0,
+    )
     backbone, source, examples = toy.source_of(data, checkpoints)
     table = backbone.model.get_input_embeddings().weight.double().numpy()
 
@@ -156,7 +208,12 @@ def test_lambda_from_the_items_by_numpy(launch, data, checkpoints, sft, ablation
     e = []
     for row, title in enumerate(source.catalog.titles):
         tokens = backbone.tokenizer.encode(title, add_special_tokens=False)
-        e.append(unit(unit(table[tokens].mean(0)) + unit(source.pictures[row].features.double().numpy().mean(0))))
+        e.append(
+            unit(
+                unit(table[tokens].mean(0))
+                + unit(source.pictures[row].features.double().numpy().mean(0))
+            )
+        )
     s = np.array(e) @ np.array(e).T
     np.fill_diagonal(s, 1)
 
@@ -168,7 +225,10 @@ def test_lambda_from_the_items_by_numpy(launch, data, checkpoints, sft, ablation
         p = [np.exp(s[m, union]) / np.exp(s[m, union]).sum() for m in (w, l)]
         return np.linalg.norm(p[0] - p[1])
 
-    lam = [1 / (1 + np.exp(-gap(pair.chosen, pair.rejected[0]))) for pair in preferences(source, examples, 2025)]
+    lam = [
+        1 / (1 + np.exp(-gap(pair.chosen, pair.rejected[0])))
+        for pair in preferences(source, examples, 2025)
+    ]
     assert facts["lambda_range"] == pytest.approx([min(lam), max(lam)], abs=1e-5)
     assert facts["pairs"] == 24 and len(log) == 1
     assert log[0]["loss"] == pytest.approx(math.log(2) * np.mean([1 / x for x in lam]), abs=1e-5)
@@ -176,16 +236,31 @@ def test_lambda_from_the_items_by_numpy(launch, data, checkpoints, sft, ablation
 
 # flag, value, what must differ from the default run in the log, and what need not
 OPTIONS = [
-    ("--gap", "ranked", "lambda"), ("--hardness", "ratio", "lambda"), ("--hardness", "standardised", "lambda"),
-    ("--embedding", "hidden", "lambda"), ("--draw", "hard", "lambda"), ("--k", 3, "lambda"), ("--noise", "relative", "margin"),
-    ("--sigma", 0.2, "margin"), ("--dataset", "movielens", "margin"), ("--normalised", "true", "loss"), ("--eta", "ema", "eta"),
-    ("--trim", 0.3, "eta"), ("--kl-coef", 1.0, "gradient_norm"), ("--beta0", 0.3, "beta"), ("--candidate-images", "off", "margin"),
+    ("--gap", "ranked", "lambda"),
+    ("--hardness", "ratio", "lambda"),
+    ("--hardness", "standardised", "lambda"),
+    ("--embedding", "hidden", "lambda"),
+    ("--draw", "hard", "lambda"),
+    ("--k", 3, "lambda"),
+    ("--noise", "relative", "margin"),
+    ("--sigma", 0.2, "margin"),
+    ("--dataset", "movielens", "margin"),
+    ("--normalised", "true", "loss"),
+    ("--eta", "ema", "eta"),
+    ("--trim", 0.3, "eta"),
+    ("--kl-coef", 1.0, "gradient_norm"),
+    ("--beta0", 0.3, "beta"),
+    ("--candidate-images", "off", "margin"),
 ]
 
 
-@pytest.mark.parametrize(("flag", "value", "changed"), OPTIONS, ids=lambda value: str(value).lstrip("-"))
+@pytest.mark.parametrize(
+    ("flag", "value", "changed"), OPTIONS, ids=lambda value: str(value).lstrip("-")
+)
 def test_options(launch, sft, full, flag, value, changed):
-    """Each option alone runs, gives a complete finite log, and really changes the quantity that it is about."""
+    """Each option alone runs, gives a complete finite log, and really changes the quantity that it
+    is about.
+    """
     _, default, _ = full
     out, log, facts = launch(train_dpo.main, *toy.STEPS, "--sft", sft, flag, value)
     check_log(log, DPO_KEYS, 3)
@@ -207,22 +282,33 @@ def test_options(launch, sft, full, flag, value, changed):
 
 
 def test_kl_is_only_logged_unless_weighted(launch, sft, full):
-    """--log-kl: the KL of the noisy policy from the reference, > 0 from the first step on; nothing else in the run changes."""
+    """--log-kl: the KL of the noisy policy from the reference, > 0 from the first step on; nothing
+    else in the run changes.
+    """
     out, log, _ = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--log-kl", "true")
     assert all(record["kl"] > 0 for record in log)
     assert [record | {"kl": None} for record in log] == full[1] and toy.furthest(out, full[0]) == 0
-    _, log, _ = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--log-kl", "true", "--ablation", "dpo", "--lora-dropout", 0)
-    assert log[0]["kl"] == pytest.approx(0, abs=DIGITS) and log[2]["kl"] > 0  # without noise policy = reference at first
+    _, log, _ = launch(
+        train_dpo.main, *toy.STEPS, "--sft", sft, "--log-kl", "true", "--ablation", "dpo",
+        "--lora-dropout", 0,
+    )
+    # without noise policy = reference at first
+    assert log[0]["kl"] == pytest.approx(0, abs=DIGITS) and log[2]["kl"] > 0
 
 
-@pytest.mark.parametrize("flags", [
-    ["--task", "binary"],
-    ["--task", "binary", "--ablation", "dpo", "--candidate-images", "off"],
-    ["--gap", "ranked", "--hardness", "standardised", "--noise", "relative", "--normalised", "true", "--eta", "ema", "--trim", "0.2",
-     "--kl-coef", "0.1", "--embedding", "hidden", "--draw", "hard", "--checkpointing", "true"],
-], ids=["binary", "binary-dpo", "all-at-once"])
+@pytest.mark.parametrize(
+    "flags",
+    [["--task", "binary"],
+     ["--task", "binary", "--ablation", "dpo", "--candidate-images", "off"],
+     ["--gap", "ranked", "--hardness", "standardised", "--noise", "relative",
+      "--normalised", "true", "--eta", "ema", "--trim", "0.2", "--kl-coef", "0.1",
+      "--embedding", "hidden", "--draw", "hard", "--checkpointing", "true"]],
+    ids=["binary", "binary-dpo", "all-at-once"],
+)
 def test_combinations(launch, sft, flags):
-    """Binary has two pairs an example (Yes over No, No over Yes); and all options work together, without an SFT adapter too."""
+    """Binary has two pairs an example (Yes over No, No over Yes); and all options work together,
+    without an SFT adapter too.
+    """
     for start in (["--sft", sft], []):
         out, log, facts = launch(train_dpo.main, *toy.STEPS, *flags, *start)
         binary = "binary" in flags
@@ -233,7 +319,9 @@ def test_combinations(launch, sft, flags):
 
 def test_checkpointing_changes_nothing_but_memory(launch, sft, full):
     out, log, _ = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--lora-dropout", 0)
-    again, checkpointed, _ = launch(train_dpo.main, *toy.STEPS, "--sft", sft, "--lora-dropout", 0, "--checkpointing", "true")
+    again, checkpointed, _ = launch(
+        train_dpo.main, *toy.STEPS, "--sft", sft, "--lora-dropout", 0, "--checkpointing", "true"
+    )
     assert toy.furthest(out, again) < 1e-6
     assert [r["loss"] for r in checkpointed] == pytest.approx([r["loss"] for r in log], abs=DIGITS)
 
@@ -241,40 +329,66 @@ def test_checkpointing_changes_nothing_but_memory(launch, sft, full):
 # ---- what must not matter, and what must ----
 
 
-@pytest.mark.parametrize(("main", "flags"), [
-    (train_sft.main, []), (train_dpo.main, []), (train_dpo.main, ["--eta", "ema", "--normalised", "true"]), (train_dpo.main, ["--kl-coef", "1"]),
-], ids=["sft", "dpo", "ema", "kl"])
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [(train_sft.main, []),
+     (train_dpo.main, []),
+     (train_dpo.main, ["--eta", "ema", "--normalised", "true"]),
+     (train_dpo.main, ["--kl-coef", "1"])],
+    ids=["sft", "dpo", "ema", "kl"],
+)
 def test_accumulation_does_not_matter(launch, sft, main, flags):
-    """4 rows x 2 micro-batches = 8 x 1: the same adapter; dropout 0, noise on. Answers differ in length, so a mean of means would
-    show. The learning rate moves a weight by up to 2e-4 in three steps, so 1e-6 is a real bound."""
-    common = [*toy.STEPS, "--lora-dropout", 0, "--learning-rate", 1e-4, *flags, *(["--sft", sft] if main is train_dpo.main else [])]
-    (one, log, _), (two, other, _) = [launch(main, *common, "--micro-batch", micro, "--accumulation", 8 // micro) for micro in (4, 8)]
+    """4 rows x 2 micro-batches = 8 x 1: the same adapter; dropout 0, noise on. Answers differ in
+    length, so a mean of means would show. The learning rate moves a weight by up to 2e-4 in three
+    steps, so 1e-6 is a real bound.
+    """
+    common = [
+        *toy.STEPS, "--lora-dropout", 0, "--learning-rate", 1e-4, *flags,
+        *(["--sft", sft] if main is train_dpo.main else []),
+    ]
+    (one, log, _), (two, other, _) = [
+        launch(main, *common, "--micro-batch", micro, "--accumulation", 8 // micro)
+        for micro in (4, 8)
+    ]
     assert toy.furthest(one, two) < 1e-6
-    # Running statistics divide small rewards by their small deviation, which magnifies the rounding of float32 sums in another order.
+    # Running statistics divide small rewards by their small deviation, which magnifies the rounding
+    # of float32 sums in another order.
     rel = 1e-3 if "ema" in flags else 1e-4
     for a, b in zip(log, other, strict=True):
-        assert [a[k] or 0 for k in sorted(a)] == pytest.approx([b[k] or 0 for k in sorted(b)], abs=2e-5, rel=rel)  # kl may be None
+        # kl may be None
+        assert [a[k] or 0 for k in sorted(a)] == pytest.approx(
+            [b[k] or 0 for k in sorted(b)], abs=2e-5, rel=rel
+        )
 
 
 @pytest.mark.parametrize("main", [train_sft.main, train_dpo.main], ids=["sft", "dpo"])
 def test_one_seed_one_run(launch, sft, full, main):
-    """With dropout and noise on, a second run is the same to the bit; another seed is another run."""
+    """With dropout and noise on, a second run is the same to the bit; another seed is another run.
+    """
     start = ["--sft", sft] if main is train_dpo.main else []
     first = full if main is train_dpo.main else launch(main, *toy.STEPS)
     second, other = launch(main, *toy.STEPS, *start), launch(main, *toy.STEPS, *start, "--seed", 7)
-    assert sha256(first[0] / "adapter_model.safetensors") == sha256(second[0] / "adapter_model.safetensors")
+    assert sha256(first[0] / "adapter_model.safetensors") == sha256(
+        second[0] / "adapter_model.safetensors"
+    )
     assert first[1] == second[1] and first[1] != other[1]
 
 
 def test_settings_from_a_json_file(launch, sft, full, tmp_path):
-    """The settings that a run wrote down, given back as a file: the same run. Flags win over the file."""
+    """The settings that a run wrote down, given back as a file: the same run. Flags win over the
+    file.
+    """
     path = tmp_path / "settings.json"
     settings = full[2]["settings"] | {"out": str(tmp_path / "again"), "epochs": 3}
     path.write_text(json.dumps(settings))
     train_dpo.main([str(path), "--epochs", "1"])
-    assert sha256(tmp_path / "again" / "adapter_model.safetensors") == sha256(full[0] / "adapter_model.safetensors")
+    assert sha256(tmp_path / "again" / "adapter_model.safetensors") == sha256(
+        full[0] / "adapter_model.safetensors"
+    )
     path.write_text(json.dumps(settings | {"lerning_rate": 1}))
-    with pytest.raises(InputError, match="settings.json: unknown keys lerning_rate; expected .*learning_rate"):
+    with pytest.raises(
+        InputError, match="settings.json: unknown keys lerning_rate; expected .*learning_rate"
+    ):
         train_dpo.main([str(path)])
     path.write_text("[1]")
     with pytest.raises(InputError, match="settings.json: not an object"):
@@ -286,8 +400,11 @@ def test_settings_from_a_json_file(launch, sft, full, tmp_path):
 def test_a_script_as_a_command(tmp_path):
     """Bad input is one line on stderr and exit code 2, without a traceback."""
     script = Path(train_sft.__file__)
-    done = subprocess.run([sys.executable, str(script), "--model", str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path / "out")],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), "--model", str(tmp_path), "--data", str(tmp_path),
+         "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path}: no config.json")
 
@@ -318,7 +435,10 @@ def fails(main, *flags):
 ], ids=lambda value: " ".join(map(str, value)).replace("--", "") if isinstance(value, list) else "")
 def test_settings_that_cannot_work(data, checkpoints, tmp_path, capfd, flags, part):
     """Each is an input error that names the setting, not a traceback, and leaves no adapter."""
-    code = fails(train_dpo.main, "--model", checkpoints["qwen2_5_vl"], "--data", data, "--out", tmp_path / "out", *toy.SHORT, *toy.STEPS, *flags)
+    code = fails(
+        train_dpo.main, "--model", checkpoints["qwen2_5_vl"], "--data", data,
+        "--out", tmp_path / "out", *toy.SHORT, *toy.STEPS, *flags,
+    )
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and re.search(part, last), last
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
@@ -330,20 +450,32 @@ def test_files_that_do_not_fit(launch, data, checkpoints, sft, make, tmp_path, c
     model = ["--model", checkpoints["qwen2_5_vl"]]
     before = sha256(sft / "adapter_model.safetensors")
     assert fails(train_sft.main, *model, *common, "--out", sft) == 2
-    assert "holds a finished run" in capfd.readouterr().err and sha256(sft / "adapter_model.safetensors") == before
-    assert fails(train_dpo.main, "--model", make("qwen2_5_vl", seed=3), *common, "--out", tmp_path / "a", "--sft", sft) == 2
+    assert "holds a finished run" in capfd.readouterr().err
+    assert sha256(sft / "adapter_model.safetensors") == before
+    assert (
+        fails(
+            train_dpo.main, "--model", make("qwen2_5_vl", seed=3), *common, "--out", tmp_path / "a",
+            "--sft", sft,
+        )
+        == 2
+    )
     assert "trained on another base" in capfd.readouterr().err
     assert fails(train_dpo.main, *model, *common, "--out", tmp_path / "b", "--sft", tmp_path) == 2
     assert "adapter_config.json: no such file" in capfd.readouterr().err
 
 
 def test_a_broken_step_stops_the_run(data, checkpoints, tmp_path, capfd, sft):
-    """Weights that overflow give a NaN loss: the run stops before it is written, and names the step and the users."""
+    """Weights that overflow give a NaN loss: the run stops before it is written, and names the step
+    and the users.
+    """
     backbone = load_backbone(str(checkpoints["qwen2_5_vl"]), "float32", "cpu")
     for layer in add_lora(backbone.model):
         torch.nn.init.constant_(layer.A, 1e30), torch.nn.init.constant_(layer.B, 1e30)
     save_adapter(backbone.model, tmp_path / "broken", "x")
-    code = fails(train_dpo.main, "--model", checkpoints["qwen2_5_vl"], "--data", data, "--out", tmp_path / "out", "--sft", tmp_path / "broken",
-                 *toy.SHORT, *toy.STEPS, "--ablation", "dpo")
+    code = fails(
+        train_dpo.main, "--model", checkpoints["qwen2_5_vl"], "--data", data,
+        "--out", tmp_path / "out", "--sft", tmp_path / "broken", *toy.SHORT, *toy.STEPS,
+        "--ablation", "dpo",
+    )
     assert code == 2 and "step 0: loss nan" in capfd.readouterr().err
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -1,4 +1,6 @@
-"""train_brmrs.py and the ablation from end to end: they learn, repeat to the bit, go on after a kill, and refuse what is not theirs."""
+"""train_brmrs.py and the ablation from end to end: they learn, repeat to the bit, go on after a
+kill, and refuse what is not theirs.
+"""
 
 import json
 import shutil
@@ -17,12 +19,16 @@ from hanorec.base.command import run
 from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
 from hanorec.base.errors import InputError
 from hanorec.ranking.retriever import load_retriever
+from hanorec.run import ranking_run
 from hanorec.studies import brmrs_ablation
 from hanorec.studies.brmrs_ablation import CONTROLS, ROWS, run_rows
 from hanorec.studies.plots import plot_run
 
 FLAGS = ["--dim", "8", "--batch", "64", "--learning-rate", "0.02", "--device", "cpu"]
-WHOLE = ["embeddings.safetensors", "log.jsonl", "metrics.json", "model.json", "model.safetensors", "names.json", "run.json"]
+WHOLE = [
+    "embeddings.safetensors", "log.jsonl", "metrics.json", "model.json", "model.safetensors",
+    "names.json", "run.json",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +47,11 @@ def read_log(out):
 
 def same(a, b):
     """Two finished runs agree in every byte but for the name of the folder."""
-    assert sorted(path.name for path in a.iterdir()) == sorted(path.name for path in b.iterdir()) == WHOLE
-    return all((a / name).read_bytes() == (b / name).read_bytes() for name in WHOLE if name != "run.json")
+    for folder in (a, b):
+        assert sorted(path.name for path in folder.iterdir()) == WHOLE
+    return all(
+        (a / name).read_bytes() == (b / name).read_bytes() for name in WHOLE if name != "run.json"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +63,9 @@ def finished(folder, tmp_path_factory):
 
 
 def test_it_learns(finished):
-    """A user's 12 items of the other kind are never wanted, 6 of its own are training pairs. Chance puts the target among the first 5 of
-    18 in 28% of the cases; knowing the kinds alone in 5 of 6."""
+    """A user's 12 items of the other kind are never wanted, 6 of its own are training pairs. Chance
+    puts the target among the first 5 of 18 in 28% of the cases; knowing the kinds alone in 5 of 6.
+    """
     report = json.loads((finished / "metrics.json").read_text())
     assert report["test"]["Recall@5"] > 0.6
     log = read_log(finished)
@@ -64,33 +74,55 @@ def test_it_learns(finished):
 
 
 def test_noise_teaches_nothing(tmp_path):
-    """The control of the test above: with all held-out items exchanged at random the same command stays near chance."""
+    """The control of the test above: with all held-out items exchanged at random the same command
+    stays near chance.
+    """
     rng, rows = np.random.default_rng(0), []
     for user in range(USERS):
-        rows += [(user, int(item), label) for item, label in zip(rng.permutation(ITEMS)[:8], (0, 0, 0, 0, 0, 0, 1, 2), strict=True)]
+        rows += [
+            (user, int(item), label)
+            for item, label in zip(
+                rng.permutation(ITEMS)[:8], (0, 0, 0, 0, 0, 0, 1, 2), strict=True
+            )
+        ]
     out = train(write_folder(tmp_path / "data", rows), tmp_path / "out", "--epochs", 12)
     assert json.loads((out / "metrics.json").read_text())["test"]["Recall@5"] < 0.5
 
 
 def test_the_reported_metrics_are_those_of_the_saved_embeddings(finished):
-    """Ranks by a loop in float64 from what the run saved; each user has one test item, so Recall and NDCG follow from its rank."""
-    saved, report = load_file(finished / "embeddings.safetensors"), json.loads((finished / "metrics.json").read_text())
+    """Ranks by a loop in float64 from what the run saved; each user has one test item, so Recall
+    and NDCG follow from its rank.
+    """
+    saved = load_file(finished / "embeddings.safetensors")
+    report = json.loads((finished / "metrics.json").read_text())
     rows = make_pairs()
     test = np.array([(user, item) for user, item, label in rows if label == 2]).T
-    assert sorted(saved["train"].T.tolist()) == sorted([user, item] for user, item, label in rows if label == 0)
-    ranks = np.array(ranks_by_loop(saved["user"].double().numpy(), saved["item"].double().numpy(), saved["train"].numpy(), test))
+    assert sorted(saved["train"].T.tolist()) == sorted(
+        [user, item] for user, item, label in rows if label == 0
+    )
+    ranks = np.array(
+        ranks_by_loop(
+            saved["user"].double().numpy(), saved["item"].double().numpy(), saved["train"].numpy(),
+            test,
+        )
+    )
     assert report["users"] == [str(user) for user in range(USERS)]
     for k in (5, 10, 20, 50):
         assert report["rows"][f"Recall@{k}"] == (ranks <= k).astype(float).tolist()
-        assert report["test"][f"NDCG@{k}"] == pytest.approx(np.where(ranks <= k, 1 / np.log2(1 + ranks), 0).mean())
+        assert report["test"][f"NDCG@{k}"] == pytest.approx(
+            np.where(ranks <= k, 1 / np.log2(1 + ranks), 0).mean()
+        )
 
 
 def test_best_epoch_and_patience(folder, tmp_path):
-    """The epoch with the highest validation Recall@20, the first of equals; then `patience` more and no further; its metrics are saved."""
+    """The epoch with the highest validation Recall@20, the first of equals; then `patience` more
+    and no further; its metrics are saved.
+    """
     out = train(folder, tmp_path / "out", "--patience", 3)
     report, log = json.loads((out / "metrics.json").read_text()), read_log(out)
     recalls = [record["valid_Recall@20"] for record in log]
-    assert report["best_epoch"] == 1 + recalls.index(max(recalls)) and report["epochs"] == len(log) == report["best_epoch"] + 3
+    assert report["best_epoch"] == 1 + recalls.index(max(recalls))
+    assert report["epochs"] == len(log) == report["best_epoch"] + 3
     for name, value in report["valid"].items():
         assert log[report["best_epoch"] - 1][f"valid_{name}"] == pytest.approx(value, abs=1e-6)
     assert json.loads((out / "model.json").read_text())["epoch"] == report["best_epoch"]
@@ -99,20 +131,20 @@ def test_best_epoch_and_patience(folder, tmp_path):
 def test_never_rounded_before_comparing(folder, tmp_path, monkeypatch):
     """Scores that agree in 9 digits are told apart."""
     scores = iter([0.5, 0.5 + 1e-9, 0.5 + 2e-9, 0.5 + 1e-9, 0.5 + 2e-9])
-    evaluate = train_brmrs.evaluate
+    evaluate = ranking_run.evaluate
 
     def scripted(*args):
         report, users, rows = evaluate(*args)
         return report | {"Recall@20": next(scores, report["Recall@20"])}, users, rows
 
-    monkeypatch.setattr(train_brmrs, "evaluate", scripted)
+    monkeypatch.setattr(ranking_run, "evaluate", scripted)
     out = train(folder, tmp_path / "out", "--patience", 2)
     assert json.loads((out / "metrics.json").read_text())["best_epoch"] == 3
 
 
 def test_the_test_split_is_looked_at_once(folder, tmp_path, monkeypatch):
     """After the last epoch, and never before."""
-    asked, evaluate = [], train_brmrs.evaluate
+    asked, evaluate = [], ranking_run.evaluate
     rows = make_pairs()
     splits = {label: [[u, i] for u, i, x in rows if x == label] for label in (1, 2)}
 
@@ -120,32 +152,43 @@ def test_the_test_split_is_looked_at_once(folder, tmp_path, monkeypatch):
         asked.append(next(label for label in splits if targets.T.tolist() == splits[label]))
         return evaluate(emb, targets, *rest)
 
-    monkeypatch.setattr(train_brmrs, "evaluate", watched)
+    monkeypatch.setattr(ranking_run, "evaluate", watched)
     train(folder, tmp_path / "out", "--epochs", 3)
     assert asked == [1, 1, 1, 1, 2]
 
 
-@pytest.mark.parametrize("flags", [
-    ["--layers", 0, "--fusion", "concat"], ["--fusion", "sum", "--item-graph", 3, "--user-graph", 3], ["--routing", "random", "--detach"],
-    ["--hard-fused", "--lambda-h", 0, "--lambda-s", 0], ["--bpr-weight", 0, "--unimodal-bpr", 0.5, "--item-embedding", "none"],
-    ["--user-embedding", "shared", "--no-normalise", "--routing", "same"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--layers", 0, "--fusion", "concat"],
+     ["--fusion", "sum", "--item-graph", 3, "--user-graph", 3],
+     ["--routing", "random", "--detach"],
+     ["--hard-fused", "--lambda-h", 0, "--lambda-s", 0],
+     ["--bpr-weight", 0, "--unimodal-bpr", 0.5, "--item-embedding", "none"],
+     ["--user-embedding", "shared", "--no-normalise", "--routing", "same"]],
+)
 def test_every_option_runs(folder, tmp_path, flags):
     out = train(folder, tmp_path / "out", "--epochs", 2, *flags)
     assert all(np.isfinite(value) for record in read_log(out) for value in record.values())
 
 
 def test_retriever(finished, folder):
-    """By name, best first, nothing from training; the first item of every user is the one with rank 1."""
+    """By name, best first, nothing from training; the first item of every user is the one with rank
+    1.
+    """
     retriever = load_retriever(finished)
     saved = load_file(finished / "embeddings.safetensors")
     best = retriever.top_n(torch.arange(USERS), 18)
     assert retriever.items == tuple(map(str, range(ITEMS))) and len(retriever.users) == USERS
-    train_items = {user: {i for u, i, label in make_pairs() if u == user and label == 0} for user in range(USERS)}
+    train_items = {
+        user: {i for u, i, label in make_pairs() if u == user and label == 0}
+        for user in range(USERS)
+    }
     for user in range(USERS):
         scores = (saved["item"] @ saved["user"][user]).tolist()
         assert set(best[user].tolist()) == set(range(ITEMS)) - train_items[user]
-        assert [scores[i] for i in best[user]] == sorted((scores[i] for i in best[user].tolist()), reverse=True) or np.allclose(
-            np.diff([scores[i] for i in best[user]]).max(), 0, atol=1e-6)
+        found = [scores[i] for i in best[user].tolist()]
+        falls = found == sorted(found, reverse=True)
+        assert falls or np.allclose(np.diff(found).max(), 0, atol=1e-6)
 
 
 def test_retriever_of_a_run_that_is_not_finished(tmp_path, folder):
@@ -165,15 +208,22 @@ class Killed(Exception):
     """As a signal would, at a chosen place."""
 
 
-@pytest.mark.parametrize("place", ["after checkpoint 1", "after checkpoint 7", "before checkpoint 7", "in epoch 5", "after the last epoch"])
+@pytest.mark.parametrize(
+    "place",
+    ["after checkpoint 1", "after checkpoint 7", "before checkpoint 7", "in epoch 5",
+     "after the last epoch"],
+)
 def test_a_killed_run_goes_on_to_the_same_end(finished, folder, tmp_path, monkeypatch, place):
-    """Stopped anywhere and started again, the run ends with the bytes of one that was never stopped."""
+    """Stopped anywhere and started again, the run ends with the bytes of one that was never
+    stopped.
+    """
     calls = {"save": 0, "step": 0}
-    save, step, drop = train_brmrs.save_checkpoint, train_brmrs.step_loss, train_brmrs.write_tensors
+    save, step, write = ranking_run.save_checkpoint, train_brmrs.step_loss, ranking_run.write_model
 
     def saving(*args, **facts):
         calls["save"] += 1
-        if place == f"before checkpoint {calls['save']}":  # the log has the epoch already, the checkpoint does not
+        # the log has the epoch already, the checkpoint does not
+        if place == f"before checkpoint {calls['save']}":
             raise Killed
         save(*args, **facts)
         if place == f"after checkpoint {calls['save']}":
@@ -185,15 +235,15 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, folder, tmp_path, monkey
             raise Killed
         return step(*args)
 
-    def writing(*args, **tensors):
+    def writing(*args):
         if place == "after the last epoch":
             raise Killed
-        drop(*args, **tensors)
+        write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_brmrs, "save_checkpoint", saving)
+        patch.setattr(ranking_run, "save_checkpoint", saving)
         patch.setattr(train_brmrs, "step_loss", stepping)
-        patch.setattr(train_brmrs, "write_tensors", writing)
+        patch.setattr(ranking_run, "write_model", writing)
         with pytest.raises(Killed):
             train(folder, tmp_path / "out", "--epochs", 12)
     assert not (tmp_path / "out" / "metrics.json").exists()
@@ -202,7 +252,7 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, folder, tmp_path, monkey
 
 def test_a_lost_generator_would_be_noticed(finished, folder, tmp_path, monkeypatch):
     """The control of the test above: a resume that forgets the generator's state ends elsewhere."""
-    save, load = train_brmrs.save_checkpoint, train_brmrs.load_checkpoint
+    save, load = ranking_run.save_checkpoint, ranking_run.load_checkpoint
 
     def saving(out, step, *args, **facts):
         save(out, step, *args, **facts)
@@ -210,17 +260,20 @@ def test_a_lost_generator_would_be_noticed(finished, folder, tmp_path, monkeypat
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_brmrs, "save_checkpoint", saving)
+        patch.setattr(ranking_run, "save_checkpoint", saving)
         with pytest.raises(Killed):
             train(folder, tmp_path / "out", "--epochs", 12)
-    monkeypatch.setattr(train_brmrs, "load_checkpoint", lambda out, weights, optimizer, random: load(out, weights, optimizer, {"loop": torch.Generator()}))
+    forgetting = lambda out, weights, optimizer, random: load(
+        out, weights, optimizer, {"loop": torch.Generator()}
+    )
+    monkeypatch.setattr(ranking_run, "load_checkpoint", forgetting)
     assert not same(train(folder, tmp_path / "out", "--epochs", 12), finished)
 
 
 @pytest.fixture
 def stopped(folder, tmp_path, monkeypatch):
     """OUT of a run stopped after its second epoch, on data of its own."""
-    save, data = train_brmrs.save_checkpoint, shutil.copytree(folder, tmp_path / "data")
+    save, data = ranking_run.save_checkpoint, shutil.copytree(folder, tmp_path / "data")
 
     def saving(out, step, *args, **facts):
         save(out, step, *args, **facts)
@@ -228,7 +281,7 @@ def stopped(folder, tmp_path, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_brmrs, "save_checkpoint", saving)
+        patch.setattr(ranking_run, "save_checkpoint", saving)
         with pytest.raises(Killed):
             train(data, tmp_path / "out", "--epochs", 4)
     return data, tmp_path / "out"
@@ -248,7 +301,10 @@ def refused(capsys, folder, out, *words, flags=()):
 
 def test_other_settings_or_other_data_in_the_same_folder(capsys, stopped):
     data, out = stopped
-    refused(capsys, data, out, out, "lambda_h = 1.0", "0.5", "another --out", flags=["--epochs", 4, "--lambda-h", 0.5])
+    refused(
+        capsys, data, out, out, "lambda_h = 1.0", "0.5", "another --out",
+        flags=["--epochs", 4, "--lambda-h", 0.5],
+    )
     refused(capsys, data, out, out, "epochs", flags=["--epochs", 5])
     features = make_features()
     features["image_feat.npy"][3, 2] += 1
@@ -259,8 +315,12 @@ def test_other_settings_or_other_data_in_the_same_folder(capsys, stopped):
     assert len(read_log(out)) == 4
 
 
-def test_a_finished_run_and_a_foreign_folder_are_never_written_to(capsys, finished, folder, tmp_path):
-    refused(capsys, folder, finished, finished, "finished run", "another --out", flags=["--epochs", 12])
+def test_a_finished_run_and_a_foreign_folder_are_never_written_to(
+    capsys, finished, folder, tmp_path
+):
+    refused(
+        capsys, folder, finished, finished, "finished run", "another --out", flags=["--epochs", 12]
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious").write_text("data")
     refused(capsys, folder, tmp_path / "mine", "empty folder", "--out")
@@ -284,21 +344,27 @@ def test_a_loss_that_is_not_finite(capsys, folder, tmp_path):
 
 
 def test_native_from_checkpoint_to_titles(data, checkpoints, tmp_path, capsys):
-    """Features are computed once: a stopped run goes on from its own copy, even without the checkpoint; retrieval speaks item ids."""
+    """Features are computed once: a stopped run goes on from its own copy, even without the
+    checkpoint; retrieval speaks item ids.
+    """
     from hanorec.datasets.catalog import load_catalog
 
     model = shutil.copytree(checkpoints["qwen2_5_vl"], tmp_path / "model")
     flags = ["--model", str(model), "--max-pixels", 1024, "--epochs", 2]
     out = train(data, tmp_path / "out", *flags)
     catalog, retriever = load_catalog(data), load_retriever(out)
-    assert retriever.items == catalog.ids and set(retriever.users) == {line.split("\t")[0] for line in (data / "train.tsv").read_text().splitlines()}
+    assert retriever.items == catalog.ids
+    assert set(retriever.users) == {
+        line.split("\t")[0] for line in (data / "train.tsv").read_text().splitlines()
+    }
     shutil.rmtree(model)
     for name in ("metrics.json", "model.safetensors"):
         (out / name).unlink()
     assert retriever.top_n(torch.arange(3), 5).shape == (3, 5)
     before = (out / "embeddings.safetensors").read_bytes()
     train(data, out, *flags)
-    assert (out / "embeddings.safetensors").read_bytes() == before and (out / "metrics.json").exists()
+    assert (out / "embeddings.safetensors").read_bytes() == before
+    assert (out / "metrics.json").exists()
     capsys.readouterr()
 
 
@@ -309,7 +375,10 @@ def test_native_from_checkpoint_to_titles(data, checkpoints, tmp_path, capsys):
 def ablation(folder, tmp_path_factory):
     """(OUT, results) of three rows and two seeds."""
     out = tmp_path_factory.mktemp("ablation") / "out"
-    return out, run_rows(out, BrmrsFiles(str(folder), "", device="cpu"), rows_of("BPR", "BPR + CHNS", "full"), [1, 2])
+    return out, run_rows(
+        out, BrmrsFiles(str(folder), "", device="cpu"), rows_of("BPR", "BPR + CHNS", "full"),
+        [1, 2]
+    )
 
 
 def rows_of(*names, **changes):
@@ -319,32 +388,60 @@ def rows_of(*names, **changes):
 
 def test_ablation_rows_are_what_their_names_say():
     made = {name: BrmrsConfig(**changes) for name, changes in ROWS.items()}
-    on = {name: (c.lambda_h > 0, c.lambda_s > 0, c.bpr_weight > 0, c.unimodal_bpr > 0, c.hard_fused, c.routing, c.detach) for name, c in made.items()}
+    on = {
+        name: (
+            c.lambda_h > 0, c.lambda_s > 0, c.bpr_weight > 0, c.unimodal_bpr > 0, c.hard_fused,
+            c.routing, c.detach,
+        )
+        for name, c in made.items()
+    }
     no, yes = False, True
     assert on == {
-        "BPR": (no, no, yes, no, no, "cross", no), "BPR, hard by s_f": (no, no, yes, no, yes, "cross", no),
-        "BPR + unimodal BPR": (no, no, yes, yes, no, "cross", no), "BPR + same-modal hard": (yes, no, yes, no, no, "same", no),
-        "BPR + random routing": (yes, no, yes, no, no, "random", no), "BPR + CHNS": (yes, no, yes, no, no, "cross", no),
-        "BPR + Syn": (no, yes, yes, no, no, "cross", no), "BPR + Syn, detached": (no, yes, yes, no, no, "cross", yes),
-        "full": (yes, yes, yes, no, no, "cross", no), "full, without BPR": (yes, yes, no, no, no, "cross", no)}
-    assert CONTROLS == ["BPR", "BPR, hard by s_f", "BPR + unimodal BPR", "BPR + same-modal hard", "BPR + random routing"]
+        "BPR": (no, no, yes, no, no, "cross", no),
+        "BPR, hard by s_f": (no, no, yes, no, yes, "cross", no),
+        "BPR + unimodal BPR": (no, no, yes, yes, no, "cross", no),
+        "BPR + same-modal hard": (yes, no, yes, no, no, "same", no),
+        "BPR + random routing": (yes, no, yes, no, no, "random", no),
+        "BPR + CHNS": (yes, no, yes, no, no, "cross", no),
+        "BPR + Syn": (no, yes, yes, no, no, "cross", no),
+        "BPR + Syn, detached": (no, yes, yes, no, no, "cross", yes),
+        "full": (yes, yes, yes, no, no, "cross", no),
+        "full, without BPR": (yes, yes, no, no, no, "cross", no),
+    }
+    assert CONTROLS == [
+        "BPR", "BPR, hard by s_f", "BPR + unimodal BPR", "BPR + same-modal hard",
+        "BPR + random routing",
+    ]
 
 
 def test_ablation_report(ablation):
     """Mean, deviation and differences from the runs' own files."""
     out, results = ablation
     assert json.loads((out / "results.json").read_text()) == results
-    runs = {(name, seed): json.loads((out / folder / f"seed-{seed}" / "metrics.json").read_text())
-            for name, folder in (("BPR", "BPR"), ("BPR + CHNS", "BPR-CHNS"), ("full", "full")) for seed in (1, 2)}
+    runs = {
+        (name, seed): json.loads((out / folder / f"seed-{seed}" / "metrics.json").read_text())
+        for name, folder in (("BPR", "BPR"), ("BPR + CHNS", "BPR-CHNS"), ("full", "full"))
+        for seed in (1, 2)
+    }
     for (name, seed), metrics in runs.items():
         assert results["rows"][name]["test"]["Recall@20"][seed - 1] == metrics["test"]["Recall@20"]
     a, b = (100 * runs["full", seed]["test"]["NDCG@10"] for seed in (1, 2))
     assert f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}" in (out / "table.md").read_text()
-    by_hand = np.mean([[x - y for x, y in zip(runs["full", s]["rows"]["NDCG@20"], runs["BPR", s]["rows"]["NDCG@20"], strict=True)] for s in (1, 2)])
-    test = next(t for t in results["paired"] if (t["row"], t["against"], t["metric"]) == ("full", "BPR", "NDCG@20"))
+    rows = {key: np.array(run["rows"]["NDCG@20"]) for key, run in runs.items()}
+    by_hand = np.mean([rows["full", s] - rows["BPR", s] for s in (1, 2)])
+    test = next(
+        t
+        for t in results["paired"]
+        if (t["row"], t["against"], t["metric"]) == ("full", "BPR", "NDCG@20")
+    )
     assert test["difference"] == pytest.approx(by_hand) and test["low"] <= by_hand <= test["high"]
-    assert test["seeds_above"] == sum(runs["full", s]["test"]["NDCG@20"] > runs["BPR", s]["test"]["NDCG@20"] for s in (1, 2))
-    assert {(t["row"], t["against"]) for t in results["paired"]} == {("BPR + CHNS", "BPR"), ("full", "BPR")}
+    assert test["seeds_above"] == sum(
+        runs["full", s]["test"]["NDCG@20"] > runs["BPR", s]["test"]["NDCG@20"] for s in (1, 2)
+    )
+    assert {(t["row"], t["against"]) for t in results["paired"]} == {
+        ("BPR + CHNS", "BPR"),
+        ("full", "BPR"),
+    }
 
 
 def test_ablation_goes_on_where_it_stopped(ablation, folder, tmp_path, monkeypatch):
@@ -353,11 +450,13 @@ def test_ablation_goes_on_where_it_stopped(ablation, folder, tmp_path, monkeypat
     out, trained = shutil.copytree(first, tmp_path / "out"), []
     monkeypatch.setattr(brmrs_ablation, "script", lambda name: trained.append(name))
     files = BrmrsFiles(str(folder), "", device="cpu")
-    assert run_rows(out, files, rows_of("BPR", "BPR + CHNS", "full"), [1, 2]) == results and not trained
+    assert run_rows(out, files, rows_of("BPR", "BPR + CHNS", "full"), [1, 2]) == results
+    assert not trained
     with pytest.raises(InputError, match=r"theta = 0.1, this command has 0.2"):
         run_rows(out, files, rows_of("BPR", theta=0.2), [1])
     monkeypatch.undo()
-    assert len(run_rows(out, files, rows_of("full"), [1, 2, 3])["rows"]["full"]["test"]["Recall@20"]) == 3
+    full = run_rows(out, files, rows_of("full"), [1, 2, 3])["rows"]["full"]
+    assert len(full["test"]["Recall@20"]) == 3
 
 
 def test_ablation_on_changed_data(ablation, folder, tmp_path):
@@ -374,7 +473,10 @@ def test_ablation_on_changed_data(ablation, folder, tmp_path):
 
 
 def test_ablation_command(folder, tmp_path, capsys):
-    flags = ["--data", str(folder), "--out", str(tmp_path / "out"), "--seeds", "1", "--epochs", "1", *FLAGS]
+    flags = [
+        "--data", str(folder), "--out", str(tmp_path / "out"), "--seeds", "1", "--epochs", "1",
+        *FLAGS,
+    ]
     brmrs_ablation.main(flags)
     table = (tmp_path / "out" / "table.md").read_text()
     assert all(f"\n{name} | " in table for name in ROWS) and "50 tests" in table
@@ -387,11 +489,15 @@ def test_ablation_command(folder, tmp_path, capsys):
 
 
 def test_plots(finished, ablation, folder, tmp_path):
-    """Four panels; of one modality alone there is only Recall. The ablation's results are a table, not a figure."""
+    """Four panels; of one modality alone there is only Recall. The ablation's results are a table,
+    not a figure.
+    """
     copied = shutil.copytree(finished, tmp_path / "run")
     assert plot_run(copied) == [copied / "curves.png"]
     (write_folder(tmp_path / "text") / "image_feat.npy").unlink()
-    alone = train(tmp_path / "text", tmp_path / "alone", "--epochs", 2, "--lambda-h", 0, "--lambda-s", 0)
+    alone = train(
+        tmp_path / "text", tmp_path / "alone", "--epochs", 2, "--lambda-h", 0, "--lambda-s", 0
+    )
     assert plot_run(alone) == [alone / "curves.png"]
     widths = [Image.open(out / "curves.png").size[0] for out in (copied, alone)]
     assert widths[0] == 4 * widths[1]

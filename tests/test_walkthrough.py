@@ -8,10 +8,17 @@ import oracle
 import pytest
 
 PAGE = Path(__file__).parent.parent / "docs" / "walkthrough.md"
-ITEMS = [[1, 0], [5, 0], [0.6, 0.8], [0, 1], [-0.6, 0.8], [-0.8, 0.6]], [[1, 0], [7, 24], [0.6, 0.8], [0, 1], [-0.6, 0.8], [-0.8, 0.6]]  # H, X
+# H, X
+ITEMS = (
+    [[1, 0], [5, 0], [0.6, 0.8], [0, 1], [-0.6, 0.8], [-0.8, 0.6]],
+    [[1, 0], [7, 24], [0.6, 0.8], [0, 1], [-0.6, 0.8], [-0.8, 0.6]],
+)
 
 
-@pytest.mark.equation("HN-2", "HN-3", "HN-4", "HN-5", "DPO-1", "HN-6", "HN-7", "HN-8", "DPO-2", "HN-11", "HN-9", "HN-10")
+@pytest.mark.equation(
+    "HN-2", "HN-3", "HN-4", "HN-5", "DPO-1", "HN-6", "HN-7", "HN-8", "DPO-2", "HN-11", "HN-9",
+    "HN-10",
+)
 def test_the_walkthrough_runs():
     failed, examples = doctest.testfile(str(PAGE), module_relative=False)
     assert failed == 0 and examples > 30
@@ -34,5 +41,10 @@ def test_the_chain_by_the_oracle():
     lam = oracle.hardness([oracle.cluster_gap(e, scores, index, 1, l) for l in (2, 4)])
     eta = oracle.responsiveness([0.4, 0.8, 1.2, 4])
     beta = oracle.pair_beta(lam, eta)
-    assert [round(float(x), 4) for x in (*lam, eta, *beta)] == [0.5157, 0.5858, 0.8910, 0.0459, 0.0522]
-    assert [round(float(oracle.dpo_loss([4], b, n)[0]), 3) for b, n in ((0.1, None), (beta[:1], None), (beta[:1], 0.1))] == [0.513, 0.605, 1.318]
+    assert [round(float(x), 4) for x in (*lam, eta, *beta)] == [
+        0.5157, 0.5858, 0.8910, 0.0459, 0.0522
+    ]
+    assert [
+        round(float(oracle.dpo_loss([4], b, n)[0]), 3)
+        for b, n in ((0.1, None), (beta[:1], None), (beta[:1], 0.1))
+    ] == [0.513, 0.605, 1.318]

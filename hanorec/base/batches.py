@@ -11,23 +11,29 @@ from hanorec.base.distributed import all_gather, share, world_size
 from hanorec.base.errors import InputError
 
 
-def global_batches(n: int, size: int, seed: int, epoch: int, least: int = 1) -> list[list[int]]:
-    """The optimizer steps of one epoch: a permutation of 0 .. n - 1 that is a function of seed and epoch, cut into `size`.
+def global_batches(
+    n: int, size: int, seed: int, epoch: int, least: int = 1
+) -> list[list[int]]:
+    """The optimizer steps of one epoch: a permutation of 0 .. n - 1 that is a function of seed and
+    epoch, cut into `size`.
 
-    A rest of fewer than `least` joins the step before it. Raises InputError where n or size itself is smaller.
+    A rest of fewer than `least` joins the step before it. Raises InputError where n or size itself
+    is smaller.
     """
     if min(n, size) < least:
-        raise InputError(f"{n} training rows in steps of {size}, expected at least {least} in each step; use more users or targets, or raise "
-                         "--micro-batch or --accumulation")
+        raise InputError(
+            f"{n} training rows in steps of {size}, expected at least {least} in each step; use "
+            "more users or targets, or raise --micro-batch or --accumulation"
+        )
     order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
-    batches = [order[i : i + size] for i in range(0, n, size)]
+    batches = list(chunks(order, size))
     if len(batches) > 1 and len(batches[-1]) < least:
         batches[-2:] = [batches[-2] + batches[-1]]
     return batches
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Micro-batches: consecutive parts of at most `size`."""
+    """Consecutive parts of at most `size`."""
     for i in range(0, len(items), size):
         yield items[i : i + size]
 
@@ -35,14 +41,21 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def micro_batches(batch: Sequence[int], size: int) -> list[tuple[Sequence[int], int]]:
     """This rank's share of a global batch in micro-batches, each with its weight in the loss: 1.
 
-    Every rank gets equally many, since the forwards of a divided base are collective: one that is short does a row at weight 0.
+    Every rank gets equally many, since the forwards of a divided base are collective: one that is
+    short does a row at weight 0.
     """
     parts = [(part, 1) for part in chunks(batch[share(len(batch))], size)]
-    longest = -(-len(batch) // world_size())
-    return parts + [(batch[:1], 0)] * (-(-longest // size) - len(parts))
+    longest_share = -(-len(batch) // world_size())
+    most = -(-longest_share // size)  # micro-batches of the rank that has most
+    return parts + [(batch[:1], 0)] * (most - len(parts))
 
 
 def gather_batch(found: Sequence[Tensor], n: int) -> Tensor:
-    """What the micro-batches of `micro_batches` found about their rows, each (b, ...) -> (n, ...) of the whole batch, in its order, on every rank."""
+    """What all ranks found about a global batch of n rows, (n, ...) in its order, on every rank.
+
+    found: of this rank's `micro_batches` each (b, ...), rows at weight 0 included; they are cut
+    off here.
+    """
     own = share(n)
-    return all_gather(torch.cat(list(found))[: own.stop - own.start], n)
+    mine = torch.cat(list(found))[: own.stop - own.start]
+    return all_gather(mine, n)

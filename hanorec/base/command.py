@@ -9,12 +9,14 @@ from hanorec.base.errors import InputError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command; an `InputError`, or a fault of the file system, becomes `error: ...` on stderr and exit code 2, without a traceback.
+    """Run a command whose errors become messages.
 
-    Where torchrun started several processes, one of them says so for all.
+    An `InputError`, or a fault of the file system, becomes "error: ..." on stderr and exit code 2,
+    without a traceback. Where torchrun started several processes, one of them says so for all.
     """
     voice: AbstractContextManager = nullcontext()
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Here, since it imports PyTorch, which converters do without.
         from hanorec.base.distributed import one_voice
 
         voice = one_voice()
@@ -26,7 +28,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except OSError as error:  # a full disk, a folder without permission
         place, what = error.filename or "the file system", error.strerror or error
-        print(f"error: {place}: {what}; check the path, its permissions and the space left", file=sys.stderr)
+        advice = "check the path, its permissions and the space left"
+        print(f"error: {place}: {what}; {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

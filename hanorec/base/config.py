@@ -14,27 +14,66 @@ from hanorec.base.settings import TINY, check, option
 class ModelConfig:
     """Which checkpoint, and how it is loaded."""
 
-    model: str = option(help="folder or hub name of a Qwen2-VL, Qwen2.5-VL or LLaVA-NeXT checkpoint")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "ours: bfloat16 on a GPU, float32 elsewhere")
+    model: str = option(
+        help="folder or hub name of a Qwen2-VL, Qwen2.5-VL or LLaVA-NeXT checkpoint",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "ours: bfloat16 on a GPU, float32 elsewhere",
+    )
     device: str = option("auto", "ours: cuda if there is one, else cpu")
-    max_pixels: int = option(224 * 224, "ours, low: pixels of an image after scaling down; 784 pixels are one Qwen token")
+    max_pixels: int = option(
+        224 * 224,
+        "ours, low: pixels of an image after scaling down; 784 pixels are one Qwen token",
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which data, and how a prompt is built from it."""
 
-    data: str = option(help="folder in the native layout; `python -m hanorec.datasets.<source> RAW OUT` writes one")
-    task: Literal["ranking", "binary"] = option("ranking", "document: rank the candidates; binary (authors' release): answer Yes or No on one item")
+    data: str = option(
+        help=(
+            "folder in the native layout; `python -m hanorec.datasets.<source> RAW OUT` writes "
+            "one"
+        ),
+    )
+    task: Literal["ranking", "binary"] = option(
+        "ranking",
+        "document: rank the candidates; binary (authors' release): answer Yes or No on one item",
+    )
     history: int = option(5, "authors' release: how many past items the prompt shows")
     candidates: int = option(10, "document: items to choose from, the chosen one and 9 negatives")
-    candidate_images: Literal["on", "off"] = option("on", "document: images of the candidates; off spares their tokens")
-    plain: bool = option(False, "ours: the slow path that the fast one is tested against: a forward an answer, the reference at every step, nothing kept")
-    neighbors: int = option(50, "ours: hard negatives are drawn from so many nearest items of the positive")
-    users_from: float = option(0.0, "ours: use the users from this fraction of a permutation of those in train.tsv ...")
-    users_to: float = option(1.0, "ours: ... up to this one, so that stages can have users of their own")
-    users_seed: int = option(2025, "ours: seed of that permutation, apart from --seed so that all runs mean the same people")
-    features: str | None = option(None, "ours: folder of the image features, a file for each base and set of images; none = the data folder")
+    candidate_images: Literal["on", "off"] = option(
+        "on",
+        "document: images of the candidates; off spares their tokens",
+    )
+    plain: bool = option(
+        False,
+        "ours: the slow path that the fast one is tested against: a forward an answer, no feature "
+        "file",
+    )
+    neighbors: int = option(
+        50,
+        "ours: hard negatives are drawn from so many nearest items of the positive",
+    )
+    users_from: float = option(
+        0.0,
+        "ours: use the users from this fraction of a permutation of those in train.tsv ...",
+    )
+    users_to: float = option(
+        1.0,
+        "ours: ... up to this one, so that stages can have users of their own",
+    )
+    users_seed: int = option(
+        2025,
+        "ours: seed of that permutation, apart from --seed so that all runs mean the same people",
+    )
+    features: str | None = option(
+        None,
+        "ours: folder of the image features, a file for each base and set of images; none = the "
+        "data folder",
+    )
 
     def __post_init__(self) -> None:
         check(self, history=1, candidates=2, neighbors=1, users_seed=0)
@@ -45,52 +84,122 @@ class TrainConfig:
     """What both training stages share."""
 
     out: str = option(help="folder for the adapter, log.jsonl and run.json; must be new or empty")
-    sft: str | None = option(None, "adapter of stage 1, frozen below the new one; in stage 2 it is the reference, else the base model is")
-    targets_per_user: int = option(3, "authors' release: the last 3 items of a training sequence are targets; 0 = all but the first")
-    draw: Literal["random", "hard"] = option("random", "document: random negatives; hard (ours): from the positive's neighbourhood")
+    sft: str | None = option(
+        None,
+        "adapter of stage 1, frozen below the new one; in stage 2 it is the reference, else the "
+        "base model is",
+    )
+    targets_per_user: int = option(
+        3,
+        "authors' release: the last 3 items of a training sequence are targets; 0 = all but the "
+        "first",
+    )
+    draw: Literal["random", "hard"] = option(
+        "random",
+        "document: random negatives; hard (ours): from the positive's neighbourhood",
+    )
     lora_rank: int = option(8, "document")
     lora_alpha: float = option(32.0, "authors' release")
     lora_dropout: float = option(0.05, "authors' release")
     learning_rate: float = option(1e-4, "document; cosine to 0")
     epochs: int = option(5, "authors' release")
     micro_batch: int = option(4, "authors' release: rows in one forward")
-    accumulation: int = option(8, "document: micro-batches in one optimizer step, in all: torchrun's processes divide its rows among them")
+    accumulation: int = option(
+        8,
+        "document: micro-batches in one optimizer step, in all: torchrun's processes divide its "
+        "rows among them",
+    )
     clip: float = option(1.0, "authors' release: largest norm of the gradient")
     seed: int = option(2025, "authors' release")
-    save_every: int = option(50, "ours: optimizer steps between checkpoints; a run that was killed goes on from the last one when started again")
+    save_every: int = option(
+        50,
+        "ours: optimizer steps between checkpoints; a run that was killed goes on from the last "
+        "one when started again",
+    )
     checkpointing: bool = option(False, "ours: recompute activations in backward, to spare memory")
-    shard: bool = option(False, "ours: under torchrun, each process keeps a part of the base model's layers alone, for bases that do not fit")
+    shard: bool = option(
+        False,
+        "ours: under torchrun, each process keeps a part of the base model's layers alone, for "
+        "bases that do not fit",
+    )
 
     def __post_init__(self) -> None:
-        check(self, targets_per_user=0, lora_rank=1, lora_alpha=TINY, lora_dropout=0, learning_rate=TINY, epochs=1, micro_batch=1,
-              accumulation=1, save_every=1, clip=TINY, seed=0)
+        check(self, targets_per_user=0, lora_rank=1, lora_alpha=TINY, lora_dropout=0, seed=0)
+        check(self, learning_rate=TINY, epochs=1, micro_batch=1, accumulation=1, clip=TINY)
+        check(self, save_every=1)
         if self.lora_dropout >= 1:
             raise InputError(f"--lora-dropout {self.lora_dropout}: expected less than 1")
 
 
-PRESETS = {"microlens": 0.05, "netflix": 0.1, "movielens": 0.1}  # sigma_n: the document says 0.05 to 0.1
+# sigma_n; the document says 0.05 to 0.1
+PRESETS = {"microlens": 0.05, "netflix": 0.1, "movielens": 0.1}
 
 
 @dataclass(frozen=True)
 class DpoConfig:
     """HaRS, NoDO and the preference loss."""
 
-    ablation: Literal["full", "no_hars", "no_nodo", "no_sam", "dpo"] = option("full", "document, ablation table; dpo = w/o ALL")
-    negatives: Literal["random", "same", "chns"] = option("random", "document 000; the rejected item is a random negative of the prompt, the one nearest to the chosen item, or (chns) nearest in one modality")
-    rejected: int = option(1, "document: rejected answers to a prompt; each makes a pair with the chosen one, all in one row")
-    reference: str = option("once", "ours: once = all log-probabilities of the frozen reference before training, kept in OUT/reference.safetensors; live = at every step; or such a file of another run")
+    ablation: Literal["full", "no_hars", "no_nodo", "no_sam", "dpo"] = option(
+        "full",
+        "document, ablation table; dpo = w/o ALL",
+    )
+    negatives: Literal["random", "same", "chns"] = option(
+        "random",
+        "document 000; the rejected item is a random negative of the prompt, the one nearest to "
+        "the chosen item, or (chns) nearest in one modality",
+    )
+    rejected: int = option(
+        1,
+        "document: rejected answers to a prompt; each makes a pair with the chosen one, all in "
+        "one row",
+    )
+    reference: str = option(
+        "once",
+        "ours: once = all log-probabilities of the frozen reference before training, kept in "
+        "OUT/reference.safetensors; or such a file of another run",
+    )
     beta0: float = option(0.1, "document")
     k: int = option(10, "document: K of the Top-K clusters")
-    embedding: Literal["input", "hidden"] = option("input", "ours: HN-1 from input embeddings, or from last hidden states")
-    gap: Literal["union", "ranked"] = option("union", "document's claim needs union; ranked is the authors' release (HN-4)")
-    hardness: Literal["sigmoid", "ratio", "standardised"] = option("sigmoid", "document; ratio: authors' release; standardised: ours (HN-5)")
-    control: Literal["none", "reversed", "permuted", "mean"] = option("none", "ours, controls: the same lambdas, but the largest for the hardest pair and so on, or dealt out at random; or their mean for all")
-    eta: Literal["batch", "ema"] = option("batch", "document; ema (ours) normalises by running statistics (HN-7)")
-    trim: float | None = option(None, "document: filter extremes; none drops one reward at each end, a fraction more (HN-7)")
-    dataset: Literal["microlens", "netflix", "movielens"] = option("microlens", "its noise strength, 0.05, 0.1 or 0.1 (authors' release, within the document's 0.05 to 0.1)")
+    embedding: Literal["input", "hidden"] = option(
+        "input",
+        "ours: HN-1 from input embeddings, or from last hidden states",
+    )
+    gap: Literal["union", "ranked"] = option(
+        "union",
+        "document's claim needs union; ranked is the authors' release (HN-4)",
+    )
+    hardness: Literal["sigmoid", "ratio", "standardised"] = option(
+        "sigmoid",
+        "document; ratio: authors' release; standardised: ours (HN-5)",
+    )
+    control: Literal["none", "reversed", "permuted", "mean"] = option(
+        "none",
+        "ours, controls: the same lambdas, but the largest for the hardest pair and so on, or "
+        "dealt out at random; or their mean for all",
+    )
+    eta: Literal["batch", "ema"] = option(
+        "batch",
+        "document; ema (ours) normalises by running statistics (HN-7)",
+    )
+    trim: float | None = option(
+        None,
+        "document: filter extremes; none drops one reward at each end, a fraction more (HN-7)",
+    )
+    dataset: Literal["microlens", "netflix", "movielens"] = option(
+        "microlens",
+        "its noise strength, 0.05, 0.1 or 0.1 (authors' release, within the document's 0.05 to "
+        "0.1)",
+    )
     sigma: float | None = option(None, "noise strength sigma_n, instead of the preset of --dataset")
-    noise: Literal["absolute", "relative"] = option("absolute", "document; relative (ours): times the RMS of the weights, so the presets are weak there (HN-9)")
-    noise_ranks: Literal["own", "same"] = option("own", "ours: under torchrun, a draw of noise for each process, or the same draw for all")
+    noise: Literal["absolute", "relative"] = option(
+        "absolute",
+        "document; relative (ours): times the RMS of the weights, so the presets are weak there "
+        "(HN-9)",
+    )
+    noise_ranks: Literal["own", "same"] = option(
+        "own",
+        "ours: under torchrun, a draw of noise for each process, or the same draw for all",
+    )
     normalised: bool = option(False, "ours: scale each pair's loss by beta0 / beta' (HN-11)")
     kl_coef: float = option(0.0, "ours: weight of the exact KL in the loss (HN-12)")
     log_kl: bool = option(False, "log the exact KL; costs one more forward")
@@ -100,7 +209,23 @@ class DpoConfig:
 
     @property
     def hars(self) -> bool:
+        """Whether pairs have a beta' of their own."""
         return self.ablation in ("full", "no_nodo", "no_sam")
+
+    @property
+    def gap_form(self) -> str:
+        """HN-4's form after the ablation: w/o SAM there are no clusters."""
+        return "cosine" if self.ablation == "no_sam" else self.gap
+
+    @property
+    def normalised_by(self) -> float | None:
+        """What HN-11's loss is normalised by, if it is."""
+        return self.beta0 if self.normalised else None
+
+    @property
+    def with_kl(self) -> bool:
+        """Whether HN-12 is computed."""
+        return self.kl_coef > 0 or self.log_kl
 
     @property
     def sigma_n(self) -> float:
@@ -115,18 +240,36 @@ class EvalConfig:
     """What evaluate.py reports."""
 
     out: str = option(help="folder for metrics.json; must be new or empty")
-    adapter: list[str] = option([], "adapter folder; repeat it to compare; `base` = the bare model", action="extend")
+    adapter: list[str] = option(
+        [],
+        "adapter folder; repeat it to compare; `base` = the bare model",
+        action="extend",
+    )
     split: Literal["test", "val"] = option("test", "test for reports, val for choosing settings")
     sets: Literal["both", "random", "hard"] = option("both", "candidate sets")
-    images: Literal["own", "shuffled"] = option("own", "shuffled (ours): give each item another one's image, to see what images are worth")
+    images: Literal["own", "shuffled"] = option(
+        "own",
+        "shuffled (ours): give each item another one's image, to see what images are worth",
+    )
     batch: int = option(4, "users in one forward")
     seed: int = option(2025, "seed of the candidate sets and of the intervals")
-    similarity: bool = option(False, "EV-4: image-text similarity of all items before and after training, in ten groups")
-    retriever: str | None = option(None, "finished --out folder of train_brmrs.py: rerank what it retrieves from the whole catalogue, instead of candidate sets")
+    similarity: bool = option(
+        False,
+        "EV-4: image-text similarity of all items before and after training, in ten groups",
+    )
+    retriever: str | None = option(
+        None,
+        "finished --out folder of train_brmrs.py: rerank what it retrieves from the whole "
+        "catalogue, instead of candidate sets",
+    )
     top_n: int = option(20, "ours: N, how many items are retrieved")
     user: str | None = option(None, "print a ranked list for this user instead of metrics")
     top_k: int = option(3, "length of that list")
-    shard: bool = option(False, "ours: under torchrun, each process keeps a part of the base model's layers alone, for bases that do not fit")
+    shard: bool = option(
+        False,
+        "ours: under torchrun, each process keeps a part of the base model's layers alone, for "
+        "bases that do not fit",
+    )
 
     def __post_init__(self) -> None:
         check(self, batch=1, seed=0, top_n=1, top_k=1)

@@ -1,12 +1,15 @@
-"""Files that are whole or absent: written beside the target, flushed to disk, then renamed over it."""
+"""Files and folders that are whole or absent: written beside the target, then renamed over it."""
 
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ MAX_JSON = 2**30  # bytes: the candidates of five million users
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically: a reader sees the old file or the new one, never half of it."""
+    """Write `data` to `path` atomically: a reader sees the old file or the new one, all of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
@@ -43,32 +46,53 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def claim_folder(out: str | Path) -> Path:
-    """The output folder, made if need be. InputError where it holds files: a run never overwrites another."""
+    """The output folder, made if need be.
+
+    InputError where it holds files: a run never overwrites another.
+    """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists and is not an empty folder, expected a new one; choose another --out or remove it")
+        raise InputError(
+            f"{out}: exists and is not an empty folder, expected a new one; choose another --out "
+            "or remove it"
+        )
     out.mkdir(parents=True, exist_ok=True)
     return out
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`. InputError where the file is missing, too large, or not the JSON of RFC 8259.
+    """The JSON value in `path`.
 
-    Python's reader would also take NaN, infinity, a key that stands twice, and text that no file can hold; here they are errors.
+    InputError where the file is missing, too large, or not the JSON of RFC 8259. Python's reader
+    would also take NaN, infinity, a key that stands twice, and text that no file can hold; here
+    they are errors.
     """
     path = Path(path)
     try:
-        if (size := path.stat().st_size) > MAX_JSON:
-            raise InputError(f"{path}: {size} bytes of JSON, expected at most {MAX_JSON}; is it the right file?")
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+        size = path.stat().st_size
+        if size > MAX_JSON:
+            raise InputError(
+                f"{path}: {size} bytes of JSON, expected at most {MAX_JSON}; is it the right file?"
+            )
+        return json.loads(
+            path.read_text(encoding="utf-8-sig"),
+            object_pairs_hook=_object,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}), expected a JSON file; check the path") from None
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, an integer of 5000 digits, 1000 brackets within one another
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}), expected a JSON file; check the path"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        # bad UTF-8, bad JSON, an integer of 5000 digits, 1000 brackets within one another
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: not readable as UTF-8 JSON ({error}); mend or remake the file") from None
+        raise InputError(
+            f"{path}: not readable as UTF-8 JSON ({error}); mend or remake the file"
+        ) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -92,7 +116,10 @@ def read_object(path: Path) -> dict[str, Any]:
     """`read_json` of a file that must hold a JSON object."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a JSON {type(value).__name__}, expected an object {{...}}; mend or remake the file")
+        raise InputError(
+            f"{path}: holds a JSON {type(value).__name__}, expected an object {{...}}; mend or "
+            "remake the file"
+        )
     return value
 
 
@@ -100,3 +127,32 @@ def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that is whole or absent: the block fills a hidden one, which then becomes `path`.
+
+    Its names are flushed to disk first. Where the block fails, nothing is left of it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
+    try:
+        yield hidden
+        hidden.chmod(0o755)  # mkdtemp makes it private
+        _flush_folder(hidden)
+        os.replace(hidden, path)
+    except BaseException:  # a full disk, too: make room again
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(path: Path) -> None:
+    """The names in a folder are on disk, too."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,4 +1,7 @@
-"""Stand-in covers, drawn from title and genres. They do not replace real ones: dataset.json marks them "drawn"."""
+"""Stand-in covers, drawn from title and genres.
+
+They do not replace real ones: dataset.json marks them "drawn".
+"""
 
 import colorsys
 import hashlib
@@ -6,28 +9,33 @@ import unicodedata
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT, MARGIN = 112, 160, 8
+WIDTH, HEIGHT, MARGIN = 112, 160, 8  # pixels
+
 # the genres of MovieLens get evenly spaced hues; any other gets one from a hash of its name
 GENRES = (
-    "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
-    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+    "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime",
+    "Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical",
+    "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 )  # fmt: skip
 
 
 def draw_cover(title: str, genres: list[str]) -> Image.Image:
-    """An RGB image (HEIGHT x WIDTH): ground by the first genre, pattern by both, then the title."""
+    """An RGB image, HEIGHT x WIDTH: ground by the first genre, pattern by both, then the title."""
     first = genres[0] if genres else "unknown"
     second = genres[1] if len(genres) > 1 else first
     image = Image.new("RGB", (WIDTH, HEIGHT), _colour(first, 0.45))
     draw = ImageDraw.Draw(image)
     _pattern(draw, _number(first) % 4, _colour(second, 0.70))
+
     # Pillow's font has ASCII only, so accents are dropped; other scripts show as boxes
-    plain = "".join(c for c in unicodedata.normalize("NFKD", title) if not unicodedata.combining(c))
+    letters = unicodedata.normalize("NFKD", title)
+    plain = "".join(c for c in letters if not unicodedata.combining(c))
     font, lines = _fit(plain, WIDTH - 4 * MARGIN, HEIGHT // 2)
     text = "\n".join(lines)
-    box = draw.multiline_textbbox((0, 0), text, font=font, align="center")
-    x, y = (WIDTH - box[2] - box[0]) / 2, (HEIGHT - box[3] - box[1]) / 2
-    panel = (MARGIN, y + box[1] - MARGIN, WIDTH - MARGIN, y + box[3] + MARGIN)
+    left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font, align="center")
+    x = (WIDTH - right - left) / 2
+    y = (HEIGHT - bottom - top) / 2
+    panel = (MARGIN, y + top - MARGIN, WIDTH - MARGIN, y + bottom + MARGIN)
     draw.rectangle(panel, fill="white")
     draw.multiline_text((x, y), text, font=font, fill="black", align="center")
     return image
@@ -60,14 +68,19 @@ def _pattern(draw: ImageDraw.ImageDraw, kind: int, colour: tuple[int, int, int])
 
 
 def _fit(title: str, width: int, height: int) -> tuple[ImageFont.FreeTypeFont, list[str]]:
-    """The largest font in which the wrapped title fits, and its lines; at the smallest, "..." stands for the rest."""
+    """The largest font in which the wrapped title fits, and its lines.
+
+    At the smallest, "..." stands for what does not fit.
+    """
     for size in (16, 14, 12, 10, 8):
         font = ImageFont.load_default(size)
         lines = _wrap(title, font, width)
         room = int(height / (1.3 * size))
         if len(lines) <= room and all(font.getlength(line) <= width for line in lines):
             return font, lines
-    return font, [*lines[: room - 1], "..."] if len(lines) > room else lines
+    if len(lines) > room:
+        lines = [*lines[: room - 1], "..."]
+    return font, lines
 
 
 def _wrap(title: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

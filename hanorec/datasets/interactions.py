@@ -1,13 +1,14 @@
-r"""Who had what, in which order: histories and held-out items. Candidates are drawn in candidates.py.
+r"""Who had what, in which order: histories and held-out items. Candidates: see candidates.py.
 
-train.tsv, val.tsv and test.tsv hold one user a line, `user<TAB>id id id ...`, oldest first, without a header. A user's
-whole sequence is train + val + test. Two rules keep the future out:
+train.tsv, val.tsv and test.tsv hold one user a line, user<TAB>id id id ..., oldest first, without a
+header. A user's whole sequence is train + val + test. Two rules keep the future out:
 
 - a history holds only rows that come strictly before its target;
-- a negative is an item the user has not had: not in train (training), train + val (val), train + val + test (test).
+- a negative is an item the user has not had: not in train (training), train + val (val),
+  train + val + test (test).
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,19 +18,25 @@ from hanorec.base.errors import InputError, shown
 from hanorec.datasets.catalog import Catalog
 from hanorec.datasets.lines import numbered_lines
 
+Rows = tuple[int, ...]  # of the catalogue
+
 
 @dataclass(frozen=True)
 class Interactions:
-    """User -> item rows, oldest first, for each split. Every user is in `train`; `val` and `test` may lack users."""
+    """User -> item rows, oldest first, for each split.
 
-    train: dict[str, tuple[int, ...]]
-    val: dict[str, tuple[int, ...]]
-    test: dict[str, tuple[int, ...]]
+    Every user is in `train`; `val` and `test` may lack users.
+    """
 
-    def before(self, user: str, split: str) -> tuple[int, ...]:
+    train: dict[str, Rows]
+    val: dict[str, Rows]
+    test: dict[str, Rows]
+
+    def before(self, user: str, split: str) -> Rows:
         """All rows of `user` earlier than `split`: "val" gives train, "test" gives train + val."""
         _check_split(split)
-        return self.train[user] + (self.val.get(user, ()) if split == "test" else ())
+        val = self.val.get(user, ()) if split == "test" else ()
+        return self.train[user] + val
 
 
 @dataclass(frozen=True, slots=True)  # slots, and `seen` without a copy: there are millions of them
@@ -37,10 +44,10 @@ class Example:
     """One thing to predict. Every int is a row of the catalogue."""
 
     user: str
-    history: tuple[int, ...]  # the most recent rows before the target, oldest first, never empty
+    history: Rows  # the most recent rows before the target, oldest first, never empty
     target: int
     seen: Collection[int]  # never a negative; includes the target; may repeat
-    candidates: tuple[int, ...] = ()  # the target and its negatives, shuffled
+    candidates: Rows = ()  # the target and its negatives, shuffled
 
 
 def _check_split(split: str) -> None:
@@ -49,57 +56,70 @@ def _check_split(split: str) -> None:
 
 
 def load_interactions(directory: Path, catalog: Catalog) -> Interactions:
-    """Read the three files of a native dataset. InputError names the file, the line and the value."""
+    """Read the three files of a native dataset. InputError names the file, the line, the value."""
     directory = Path(directory)
     train = _read_split(directory / "train.tsv", catalog, None)
     if not train:
-        raise InputError(f"{directory / 'train.tsv'}: no users; expected lines user<TAB>id id id ...")
-    held_out = [_read_split(directory / f"{split}.tsv", catalog, train) for split in ("val", "test")]
-    return Interactions(train, *held_out)
+        raise InputError(
+            f"{directory / 'train.tsv'}: no users; expected lines user<TAB>id id id ..."
+        )
+    val = _read_split(directory / "val.tsv", catalog, train)
+    test = _read_split(directory / "test.tsv", catalog, train)
+    return Interactions(train, val, test)
 
 
-def _read_split(path: Path, catalog: Catalog, train: dict[str, tuple[int, ...]] | None) -> dict[str, tuple[int, ...]]:
-    users: dict[str, tuple[int, ...]] = {}
+def _read_split(path: Path, catalog: Catalog, train: dict[str, Rows] | None) -> dict[str, Rows]:
+    """User -> rows of one file. train: the users that may occur, None = any."""
+    users: dict[str, Rows] = {}
     row = catalog.row
     for line, text in numbered_lines(path):
         user, tab, rest = text.partition("\t")
         if not tab or "\t" in rest:
             raise InputError(
-                f"{path}:{line}: {text.count(chr(9))} tabs in {shown(text)}; expected one, as in user<TAB>id id id ..."
+                f"{path}:{line}: {text.count(chr(9))} tabs in {shown(text)}; "
+                f"expected one, as in user<TAB>id id id ..."
             )
         if not user.strip():
-            raise InputError(f"{path}:{line}: empty user {shown(user)}; expected a name before the tab, so add it or remove the line")
+            raise InputError(
+                f"{path}:{line}: empty user {shown(user)}; "
+                f"expected a name before the tab, so add it or remove the line"
+            )
         if user in users:
             raise InputError(
-                f"{path}:{line}: user {shown(user)} has an earlier line; expected one line a user, so join them"
+                f"{path}:{line}: user {shown(user)} has an earlier line; "
+                f"expected one line a user, so join them"
             )
         items = rest.split()
         if not items:
             raise InputError(
-                f"{path}:{line}: user {shown(user)} has no items (empty history); expected at least one, "
-                f"so add them or remove the line"
+                f"{path}:{line}: user {shown(user)} has no items (empty history); "
+                f"expected at least one, so add them or remove the line"
             )
         if train is not None and user not in train:
             raise InputError(
-                f"{path}:{line}: user {shown(user)} has no line in train.tsv (empty history); expected one, "
-                f"so add it or remove the user here"
+                f"{path}:{line}: user {shown(user)} has no line in train.tsv (empty history); "
+                f"expected one, so add it or remove the user here"
             )
         try:
             users[user] = tuple(map(row.__getitem__, items))
         except KeyError as error:
             raise InputError(
-                f"{path}:{line}: unknown item id {shown(error.args[0])}; expected an id of the titles file: "
-                f"add it there or remove it here"
+                f"{path}:{line}: unknown item id {shown(error.args[0])}; "
+                f"expected an id of the titles file: add it there or remove it here"
             ) from None
     return users
 
 
 def training_examples(
-    data: Interactions, targets_per_user: int = 3, history: int = 5, users: Iterable[str] | None = None
+    data: Interactions,
+    targets_per_user: int = 3,
+    history: int = 5,
+    users: Iterable[str] | None = None,
 ) -> list[Example]:
-    """The last `targets_per_user` positions (0 = all) of each train sequence that have at least one earlier item.
+    """The last `targets_per_user` positions (0 = all) of each train sequence, as examples.
 
-    `seen` is the user's whole train sequence: a later training item is no negative, and val and test are not looked at.
+    Each has at least one earlier item. `Example.seen` is the user's whole train sequence: a later
+    training item is no negative, and val and test are not looked at.
     """
     if targets_per_user < 0:
         raise InputError(f"targets_per_user is {targets_per_user}; expected 0 (all) or more")
@@ -107,11 +127,15 @@ def training_examples(
     examples = []
     for user in data.train if users is None else users:
         if user not in data.train:
-            raise InputError(f"user {user!r} has no line in train.tsv; expected one of its {len(data.train)} users")
+            raise InputError(
+                f"user {user!r} has no line in train.tsv; "
+                f"expected one of its {len(data.train)} users"
+            )
         rows = data.train[user]
         first = max(1, len(rows) - targets_per_user) if targets_per_user else 1
         for position in range(first, len(rows)):
-            examples.append(Example(user, rows[max(0, position - history) : position], rows[position], rows))
+            earlier = rows[max(0, position - history) : position]
+            examples.append(Example(user, earlier, rows[position], rows))
     return examples
 
 
@@ -121,11 +145,24 @@ def heldout_examples(data: Interactions, split: str, history: int = 5) -> list[E
     _check_history(history)
     examples = []
     for user, held_out in getattr(data, split).items():
-        earlier = data.before(user, split)
-        seen = earlier + held_out
-        for position, target in enumerate(held_out, len(earlier)):
-            examples.append(Example(user, seen[max(0, position - history) : position], target, seen))
+        before = data.before(user, split)
+        seen = before + held_out
+        for position, target in enumerate(held_out, len(before)):
+            earlier = seen[max(0, position - history) : position]
+            examples.append(Example(user, earlier, target, seen))
     return examples
+
+
+def with_seen(examples: Iterable[Example]) -> Iterator[tuple[Example, frozenset[int]]]:
+    """Each example with what its user has had, as a set.
+
+    It is made once for all examples of one user, since they share `seen`.
+    """
+    last, seen = None, frozenset()
+    for example in examples:
+        if example.seen is not last:
+            last, seen = example.seen, frozenset(example.seen)
+        yield example, seen
 
 
 def _check_history(history: int) -> None:
@@ -134,9 +171,14 @@ def _check_history(history: int) -> None:
 
 
 def select_users(users: Iterable[str], start: float, stop: float, seed: int) -> list[str]:
-    """The users whose seeded rank lies in the fraction [start, stop). Adjoining fractions share nobody, miss nobody."""
+    """The users whose seeded rank lies in the fraction [start, stop).
+
+    Adjoining fractions share nobody and miss nobody.
+    """
     if not 0 <= start < stop <= 1:
-        raise InputError(f"fraction [{start}, {stop}) of the users; expected 0 <= start < stop <= 1")
+        raise InputError(
+            f"fraction [{start}, {stop}) of the users; expected 0 <= start < stop <= 1"
+        )
     ranked = sorted(set(users))  # sorted, so that file order does not matter
     order = np.random.default_rng(seed).permutation(len(ranked))
     chosen = order[round(start * len(ranked)) : round(stop * len(ranked))]

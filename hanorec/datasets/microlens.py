@@ -1,8 +1,9 @@
 r"""MicroLens -> native layout. Covers come from --images (file stem = item id).
 
-*_pairs.csv     header user,item,timestamp (ms)         used when it is there, since it states the times
-*_pairs.tsv     user<TAB>id id id ...                   already in order
-*_titles.csv    or *_title_en.csv: item,title           no quoting: everything after the first comma is the title
+*_pairs.csv     header user,item,timestamp (ms)     used when it is there: it states the times
+*_pairs.tsv     user<TAB>id id id ...               already in order
+*_titles.csv    or *_title_en.csv: item,title       no quoting: everything after the first comma
+                                                    is the title
 """
 
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 from hanorec.base.command import run
 from hanorec.base.errors import InputError, shown
 from hanorec.datasets.lines import numbered_lines, only_file
-from hanorec.datasets.native import Log, add_title, convert, parser, split_fields
+from hanorec.datasets.native import convert, parser
+from hanorec.datasets.raw import Log, add_title, split_fields
 
 HEADER = "user,item,timestamp"
 
@@ -20,7 +22,9 @@ def read_pairs_csv(path: Path) -> Log:
     for line, text in numbered_lines(path, progress=True):
         if line == 1:
             if text != HEADER:
-                raise InputError(f"{path}:1: header {shown(text)}; expected {HEADER!r}, so mend the file")
+                raise InputError(
+                    f"{path}:1: header {shown(text)}; expected {HEADER!r}, so mend the file"
+                )
             continue
         user, item, time = split_fields(path, line, text, ",", 3, HEADER)
         log.add(path, line, user, item, time)
@@ -32,21 +36,28 @@ def read_pairs_tsv(path: Path) -> Log:
     for line, text in numbered_lines(path, progress=True):
         user, items = split_fields(path, line, text, "\t", 2, "user<TAB>id id id ...")
         if user in log.users:
-            raise InputError(f"{path}:{line}: user {shown(user)} has an earlier line; expected one line a user, so join them")
+            raise InputError(
+                f"{path}:{line}: user {shown(user)} has an earlier line; "
+                f"expected one line a user, so join them"
+            )
         for position, item in enumerate(items.split()):
             log.add(path, line, user, item, position)
     return log
 
 
 def read_titles(path: Path) -> tuple[dict[str, str], bool]:
-    """Titles, and whether the first line was a header. Ids are digits, so a first line without one is a header."""
+    """Item id -> title, and whether the first line was a header.
+
+    Ids are digits, so a first line without one is a header.
+    """
     titles: dict[str, str] = {}
     has_header = False
     for line, text in numbered_lines(path):
         item, comma, title = text.partition(",")
         if not comma:
             raise InputError(
-                f"{path}:{line}: no comma in {shown(text)}; expected item,title, so mend or remove the line"
+                f"{path}:{line}: no comma in {shown(text)}; "
+                f"expected item,title, so mend or remove the line"
             )
         if line == 1 and not item.isdigit():
             has_header = True
@@ -56,14 +67,23 @@ def read_titles(path: Path) -> tuple[dict[str, str], bool]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser("microlens", "MicroLens: *_pairs.csv or *_pairs.tsv, *_titles.csv or *_title_en.csv").parse_args(argv)
+    about = "MicroLens: *_pairs.csv or *_pairs.tsv, *_titles.csv or *_title_en.csv"
+    args = parser("microlens", about).parse_args(argv)
     titles_path = only_file(args.raw, "*_titles.csv", "*_title_en.csv")
     titles, has_header = read_titles(titles_path)
-    has_times = any(args.raw.glob("*_pairs.csv"))
-    pairs = only_file(args.raw, "*_pairs.csv" if has_times else "*_pairs.tsv")
-    log = read_pairs_csv(pairs) if has_times else read_pairs_tsv(pairs)
-    source = {"format": "MicroLens", "files": [pairs.name, titles_path.name], "titles_header": has_header}
-    print(f"read {pairs.name} and {titles_path.name} ({'with' if has_header else 'without'} a header)")
+    if any(args.raw.glob("*_pairs.csv")):
+        pairs = only_file(args.raw, "*_pairs.csv")
+        log = read_pairs_csv(pairs)
+    else:
+        pairs = only_file(args.raw, "*_pairs.tsv")
+        log = read_pairs_tsv(pairs)
+    source = {
+        "format": "MicroLens",
+        "files": [pairs.name, titles_path.name],
+        "titles_header": has_header,
+    }
+    header = "with a header" if has_header else "without a header"
+    print(f"read {pairs.name} and {titles_path.name} ({header})")
     convert(args, log, titles, {}, pairs.stem.removesuffix("_pairs"), source)
 
 

@@ -1,9 +1,13 @@
-r"""Netflix Prize -> native layout. The raw files are read as streams; see --max-users for machines with little memory.
+r"""Netflix Prize -> native layout.
 
-    combined_data_1.txt ... _4.txt      `MovieID:`, then lines `CustomerID,Rating,YYYY-MM-DD`
-    movie_titles.csv                    `id,year,title`, ISO-8859-1, no quoting: a title may hold commas
+The raw files are read as streams; see --max-users for machines with little memory.
 
-A date is all the time there is, and the files go movie by movie, so the ratings of one day are in order of movie id.
+    combined_data_1.txt ... _4.txt      MovieID:, then lines CustomerID,Rating,YYYY-MM-DD
+    movie_titles.csv                    id,year,title; ISO-8859-1, no quoting: a title may hold
+                                        commas
+
+A date is all the time there is, and the files go movie by movie, so the ratings of one day are in
+order of movie id.
 """
 
 from collections.abc import Iterator
@@ -16,11 +20,13 @@ import numpy as np
 from hanorec.base.command import run
 from hanorec.base.errors import InputError, shown
 from hanorec.datasets.lines import numbered_lines
-from hanorec.datasets.native import Log, add_title, convert, parser, split_fields
+from hanorec.datasets.native import convert, parser
+from hanorec.datasets.raw import Log, add_title, split_fields
 
 
 def read_ratings(paths: list[Path]) -> Iterator[tuple[Path, int, str, str, str, str]]:
     """Yield (path, line, movie, customer, rating, date)."""
+    what = "CustomerID, Rating, YYYY-MM-DD"
     for path in paths:
         movie = None
         for line, text in numbered_lines(path, progress=True):
@@ -28,12 +34,16 @@ def read_ratings(paths: list[Path]) -> Iterator[tuple[Path, int, str, str, str, 
                 movie = text[:-1]
                 continue
             if movie is None:
-                raise InputError(f"{path}:{line}: {shown(text)} before any movie; expected a line such as '1:' first")
-            yield path, line, movie, *split_fields(path, line, text, ",", 3, "CustomerID, Rating, YYYY-MM-DD")
+                raise InputError(
+                    f"{path}:{line}: {shown(text)} before any movie; "
+                    f"expected a line such as '1:' first"
+                )
+            yield path, line, movie, *split_fields(path, line, text, ",", 3, what)
 
 
 @cache  # there are only some two thousand days
 def day(text: str) -> int:
+    """The number of the day; ValueError where `text` is no ISO date."""
     return date.fromisoformat(text).toordinal()
 
 
@@ -46,7 +56,9 @@ def read_log(paths: list[Path], users: set[str] | None) -> Log:
         try:
             time = day(text)
         except ValueError:
-            raise InputError(f"{path}:{line}: date {shown(text)}; expected YYYY-MM-DD, so mend the raw file") from None
+            raise InputError(
+                f"{path}:{line}: date {shown(text)}; expected YYYY-MM-DD, so mend the raw file"
+            ) from None
         log.add(path, line, user, movie, time, rating)
     return log
 
@@ -56,16 +68,19 @@ def sample_users(paths: list[Path], count: int, seed: int) -> set[str]:
     if count < 1:
         raise InputError(f"--max-users {count}; expected at least 1")
     users = sorted({user for _, _, _, user, _, _ in read_ratings(paths)})
-    return {users[i] for i in np.random.default_rng(seed).permutation(len(users))[:count]}
+    order = np.random.default_rng(seed).permutation(len(users))
+    return {users[i] for i in order[:count]}
 
 
 def read_titles(path: Path) -> dict[str, str]:
+    """Item id -> title."""
     titles: dict[str, str] = {}
     for line, text in numbered_lines(path, "iso-8859-1"):
         fields = text.split(",", 2)
         if len(fields) != 3:
             raise InputError(
-                f"{path}:{line}: {len(fields)} fields in {shown(text)}; expected id,year,title, so mend the line"
+                f"{path}:{line}: {len(fields)} fields in {shown(text)}; "
+                f"expected id,year,title, so mend the line"
             )
         add_title(titles, path, line, fields[0], fields[2])
     return titles
@@ -74,20 +89,30 @@ def read_titles(path: Path) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     options = parser("netflix", "Netflix Prize: combined_data_*.txt, movie_titles.csv")
     options.add_argument(
-        "--max-users", type=int, metavar="N", help="a seeded sample of N users, taken before the filters"
+        "--max-users",
+        type=int,
+        metavar="N",
+        help="a seeded sample of N users, taken before the filters",
     )
-    options.add_argument("--seed", type=int, default=2025, help="of the sample (default 2025)")
+    options.add_argument(
+        "--seed", type=int, default=2025, help="of the sample (default 2025)"
+    )
     args = options.parse_args(argv)
     paths = sorted(args.raw.glob("combined_data_*.txt"))
     if not paths:
         raise InputError(
-            f"{args.raw}: no file combined_data_*.txt; expected those of the Netflix Prize, so check the path"
+            f"{args.raw}: no file combined_data_*.txt; "
+            f"expected those of the Netflix Prize, so check the path"
         )
     titles = read_titles(args.raw / "movie_titles.csv")
-    users = None if args.max_users is None else sample_users(paths, args.max_users, args.seed)
-    source = {"format": "Netflix Prize", "files": [path.name for path in paths] + ["movie_titles.csv"]}
-    if users is not None:
-        source |= {"user_sample": len(users), "user_sample_seed": args.seed, "user_sample_taken": "before the filters"}
+    files = [path.name for path in paths] + ["movie_titles.csv"]
+    source = {"format": "Netflix Prize", "files": files}
+    users = None
+    if args.max_users is not None:
+        users = sample_users(paths, args.max_users, args.seed)
+        source["user_sample"] = len(users)
+        source["user_sample_seed"] = args.seed
+        source["user_sample_taken"] = "before the filters"
         print(f"a seeded sample of {len(users)} users (seed {args.seed})")
     convert(args, read_log(paths, users), titles, {}, "Netflix", source)
 

@@ -8,7 +8,7 @@ exactly the policy as it was before the top adapter existed.
 Source: document 000, section 2.2, NoDO.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,22 +21,23 @@ from hanorec.base.errors import InputError
 class LoRALinear(nn.Module):
     r"""y = W x + scale * B A x, with W (any linear, or a LoRALinear below this one) frozen.
 
-    A: (r, in), kaiming-uniform; B: (out, r), zero, so that a fresh adapter changes nothing. scale = alpha / r.
-    A and B are float32 (float64 under a float64 base), whatever the base is: small updates would vanish in bfloat16.
+    A: (r, in), kaiming-uniform; B: (out, r), zero, so that a fresh adapter changes nothing.
+    scale = alpha / r. A and B are float32 (float64 under a float64 base), whatever the base is:
+    small updates would vanish in bfloat16.
     """
 
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__()
         weight = base.B if isinstance(base, LoRALinear) else base.weight
+        like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
         self.in_features, self.out_features = base.in_features, base.out_features
-        dtype = torch.promote_types(weight.dtype, torch.float32)
         self.base = base
-        self.A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=weight.device))
-        self.B = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=weight.device))
+        self.A = nn.Parameter(torch.empty(r, self.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(self.out_features, r, **like))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
         self.scale, self.dropout = alpha / r, dropout
         self.active = True
-        self.noise: tuple[Tensor, Tensor] | None = None  # sigma_n eps_A, sigma_n eps_B while `lora_noise` is open
+        self.noise: tuple[Tensor, Tensor] | None = None  # of A and B, while `lora_noise` is open
 
     @property
     def r(self) -> int:
@@ -48,7 +49,7 @@ class LoRALinear(nn.Module):
             return y
         A, B = self.A, self.B
         if self.noise is not None:
-            # HN-10: \tilde\pi_\theta = \pi_{\theta}(A', B') \text{: the policy computed with the noisy weights}
+            # HN-10: \tilde\pi_\theta = \pi_{\theta}(A', B') \text{, the noisy weights}
             A, B = A + self.noise[0], B + self.noise[1]
         # A frozen adapter is part of the reference, so it has no dropout.
         x = F.dropout(x, self.dropout, self.training and self.A.requires_grad)
@@ -56,13 +57,17 @@ class LoRALinear(nn.Module):
 
 
 def language_model(model: nn.Module) -> nn.Module:
-    """The part of a model that LoRA may touch: `model.model.language_model` of an MLLM, `model.model` of a text-only LM."""
+    """The part that LoRA may touch.
+
+    That is model.model.language_model of an MLLM, model.model of a text-only language model.
+    """
     inner = getattr(model, "model", model)
     return getattr(inner, "language_model", inner)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Module path -> LoRALinear of the top adapter; empty for a model without one."""
+
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, LoRALinear]]:
         for name, child in module.named_children():
             here = f"{path}.{name}" if path else name
@@ -70,13 +75,20 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
                 yield here, child  # what lies below it belongs to the stack, not to the top
             else:
                 yield from walk(child, here)
+
     return dict(walk(model, ""))
 
 
-def add_lora(model: nn.Module, r: int = 8, alpha: float = 32, dropout: float = 0.05) -> list[LoRALinear]:
-    """Freeze the model, earlier adapters included, and put a fresh trainable adapter on every linear of the language model.
+def add_lora(
+    model: nn.Module,
+    r: int = 8,
+    alpha: float = 32,
+    dropout: float = 0.05,
+) -> list[LoRALinear]:
+    """Freeze the model and put a fresh trainable adapter on every linear of its language model.
 
-    Returns the new layers. Raises InputError for r < 1 or where there is no linear.
+    Earlier adapters are frozen, too. Returns the new layers.
+    Raises InputError for r < 1 or where there is no linear.
     """
     if r < 1:
         raise InputError(f"LoRA rank {r}: expected at least 1")
@@ -90,50 +102,58 @@ def add_lora(model: nn.Module, r: int = 8, alpha: float = 32, dropout: float = 0
                 added.append(LoRALinear(child, r, alpha, dropout).train(child.training))
                 setattr(parent, name, added[-1])
     if not added:
-        raise InputError(f"{type(model).__name__} has no linear in its language model, expected some; is it a supported family?")
+        raise InputError(
+            f"{type(model).__name__} has no linear in its language model, expected some; is it a "
+            "supported family?"
+        )
     return added
 
 
-@contextmanager
-def lora_noise(model: nn.Module, sigma: float, generator: torch.Generator | None = None,
-               mode: str = "absolute") -> Iterator[None]:
-    r"""NoDO: one draw of Gaussian noise on the A and B of the top adapter, held until the block ends.
+def absolute_noise(layer: LoRALinear) -> tuple[float, float]:
+    """The document's scale of the noise on A and on B: sigma_n itself."""
+    return 1.0, 1.0
 
-    Forward AND backward belong inside the block: activation checkpointing computes the forward again during backward, and
-    must see the same draw. sigma = 0 draws nothing and is exactly LoRA.
+
+@contextmanager
+def lora_noise(
+    model: nn.Module,
+    sigma: float,
+    generator: torch.Generator | None = None,
+    scale: Callable[[LoRALinear], tuple[float, float]] = absolute_noise,
+) -> Iterator[None]:
+    r"""NoDO: one draw of Gaussian noise on the A and B of the top adapter, held for the block.
+
+    Forward AND backward belong inside the block: activation checkpointing computes the forward
+    again during backward, and must see the same draw. sigma = 0 draws nothing and is exactly LoRA.
 
     Args:
-        sigma: sigma_n >= 0. mode: "absolute" (document) or "relative" (ours): times the RMS of the layer's own A, and of its B,
-            but of a fresh A while B is smaller than that.
+        sigma: sigma_n >= 0.
         generator: where the draws come from; default torch's global one.
+        scale: layer -> what sigma_n is multiplied by, for A and for B (readings.py, NOISES).
     """
     layers = list(lora_layers(model).values())
-    if sigma < 0 or mode not in ("absolute", "relative"):
-        raise InputError(f"noise of strength {sigma}, mode {mode!r}: expected sigma >= 0 and mode absolute or relative")
+    if sigma < 0:
+        raise InputError(f"noise of strength {sigma}: expected sigma >= 0")
     if any(layer.noise is not None for layer in layers):
         raise RuntimeError("lora_noise inside lora_noise: the outer draw would be lost")
     try:
         for layer in layers if sigma > 0 else []:
-            scale_A = scale_B = 1.0
-            if mode == "relative":
-                scale_A = rms(layer.A)
-                scale_B = max(rms(layer.B), (3 * layer.in_features) ** -0.5)  # RMS of a fresh A: U(-1/sqrt in, 1/sqrt in)
-            # HN-9: A' = A + \sigma_n \epsilon_A, \quad B' = B + \sigma_n \epsilon_B, \quad \epsilon \sim N(0, I)
-            layer.noise = (sigma * scale_A * _gaussian(layer.A, generator), sigma * scale_B * _gaussian(layer.B, generator))
+            scale_A, scale_B = scale(layer)
+            # HN-9: A' = A + \sigma_n \epsilon_A, \quad B' = B + \sigma_n \epsilon_B,
+            #       \epsilon \sim N(0, I)
+            noise_A = sigma * scale_A * _gaussian(layer.A, generator)
+            noise_B = sigma * scale_B * _gaussian(layer.B, generator)
+            layer.noise = noise_A, noise_B
         yield
     finally:
         for layer in layers:
             layer.noise = None
 
 
-def rms(weight: Tensor) -> float:
-    """Root mean square of the entries of a weight."""
-    return weight.detach().square().mean().sqrt().item()
-
-
 def _gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
     device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+    draw = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype)
+    return draw.to(like.device)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ All three are the same three steps, written out in `image_features` and `hidden_
 vision tower turns each image into a few vectors of the language model's width; they replace the
 placeholder tokens' embeddings; the language model runs. They differ in how an image is
 preprocessed, which tokens surround it, and in positions (Qwen counts time, height and width apart).
-`mllm/load.py` makes a `Backbone` from a checkpoint.
+`hanorec.mllm.load` makes a `Backbone` from a checkpoint.
 """
 
 import re
@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from hanorec.base.errors import InputError
+from hanorec.base.errors import InputError, brief
 from hanorec.lora.layer import language_model
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_next")  # config.model_type
 
-
-ATTENTION = "prompt_and_answers"  # the name under which Transformers is told of `segment_attention`
+ATTENTION = "prompt_and_answers"  # the name under which Transformers knows `segment_attention`
 
 
 class ImageFeatures(NamedTuple):
@@ -36,7 +35,7 @@ class ImageFeatures(NamedTuple):
 
 @dataclass
 class Backbone:
-    """A loaded checkpoint. `path` is what the user named; `template` is the chat template or None."""
+    """A loaded checkpoint. `path` is what the user named; `template` the chat template or None."""
 
     path: str
     family: str
@@ -47,7 +46,8 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device  # the vision tower's may be another (sharding.py)
+        """The language model's. The vision tower's may be another one (sharding.py)."""
+        return self.model.get_input_embeddings().weight.device
 
     @property
     def config(self) -> Any:
@@ -69,9 +69,14 @@ class Backbone:
 
     @cached_property
     def inside_tokens(self) -> re.Pattern:
-        """Matches, with no width, after the first character of each added token that the tokenizer does not call special."""
-        texts = [token.content for token in self.tokenizer.added_tokens_decoder.values() if not token.special]
-        return re.compile("|".join(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in texts if len(text) > 1) or "(?!)")
+        """Matches, with no width, after the first character of each added token that the
+        tokenizer does not call special."""
+        places = []
+        for token in self.tokenizer.added_tokens_decoder.values():
+            text = token.content
+            if not token.special and len(text) > 1:
+                places.append(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})")
+        return re.compile("|".join(places) or "(?!)")  # (?!) never matches
 
     def around_image(self) -> tuple[list[int], list[int]]:
         """The tokens before and after an image's placeholders."""
@@ -80,35 +85,82 @@ class Backbone:
         return [self.config.vision_start_token_id], [self.config.vision_end_token_id]
 
 
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
 @torch.no_grad()
 def image_features(backbone: Backbone, images: list[Image]) -> list[ImageFeatures]:
-    """Run the frozen vision tower and its projector on a batch of RGB images. InputError where they or the image processor are broken."""
+    """Run the frozen vision tower and its projector on a batch of RGB images.
+
+    InputError where they or the image processor are broken.
+    """
     try:
         inputs = backbone.image_processor(images=images, return_tensors="pt").to(backbone.device)
         grids = inputs.get("image_grid_thw")
-        features = backbone.model.get_image_features(**inputs).pooler_output  # per image (n_i, d)
+        features = backbone.model.get_image_features(**inputs).pooler_output  # an image (n_i, d)
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise InputError(f"{backbone.path}: its vision tower cannot take what its image processor makes ({_brief(error)}); expected "
-                         "preprocessor_config.json and weights of one checkpoint; copy both again") from error
+        raise InputError(
+            f"{backbone.path}: its vision tower cannot take what its image processor makes "
+            f"({brief(error)}); expected preprocessor_config.json and weights of one checkpoint; "
+            "copy both again"
+        ) from error
     if not all(f.isfinite().all() for f in features):
-        raise InputError(f"{backbone.path}: image features hold NaN or infinity, expected finite numbers; look at image_mean and image_std in "
-                         "preprocessor_config.json, at the vision tower's weights, or use --dtype float32")
-    return [ImageFeatures(f.cpu(), None if grids is None else grids[i].cpu()) for i, f in enumerate(features)]
+        raise InputError(
+            f"{backbone.path}: image features hold NaN or infinity, expected finite numbers; look "
+            "at image_mean and image_std in preprocessor_config.json, at the vision tower's "
+            "weights, or use --dtype float32"
+        )
+    if grids is None:
+        return [ImageFeatures(f.cpu(), None) for f in features]
+    return [ImageFeatures(f.cpu(), grids[i].cpu()) for i, f in enumerate(features)]
 
 
 def prompt_positions(backbone: Backbone, ids: list[int], grids: list[Tensor | None]) -> Tensor:
-    """Positions of a prompt without padding: (3, S) for Qwen (time, height, width), (1, S) for LLaVA-NeXT."""
+    """Positions of a prompt without padding, S tokens whose images have these grids.
+
+    (3, S) for Qwen: time, height, width. (1, S) for LLaVA-NeXT.
+    """
+    if backbone.family == "llava_next":
+        return torch.arange(len(ids)).expand(1, -1)
+    if not grids:
+        return torch.arange(len(ids)).expand(3, -1)
     row = torch.tensor([ids])
-    if backbone.family == "llava_next" or not grids:
-        return torch.arange(len(ids)).expand(1 if backbone.family == "llava_next" else 3, -1)
     is_image = (row == backbone.image_token).int()
-    return backbone.model.model.get_rope_index(row, mm_token_type_ids=is_image, image_grid_thw=torch.stack(grids))[0][:, 0]
+    positions = backbone.model.model.get_rope_index(
+        row, mm_token_type_ids=is_image, image_grid_thw=torch.stack(grids)
+    )[0]  # (3, 1, S)
+    return positions[:, 0]
+
+
+def hidden_states(
+    backbone: Backbone,
+    ids: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    pictures: Tensor,
+) -> Tensor:
+    """The language model's last hidden states.
+
+    Args:
+        ids: (B, T). positions: (R, B, T), R as in `prompt_positions`.
+        mask: as in `segment_attention`; None: plainly causal, padding on the right.
+        pictures: (n, d), the features of all images in the order of their placeholders.
+    Returns:
+        (B, T, d).
+    Raises:
+        ValueError: placeholders and features differ in number; they would silently shift.
+    """
+    x = backbone.model.get_input_embeddings()(ids)  # (B, T, d)
+    here = ids == backbone.image_token  # (B, T)
+    if int(here.sum()) != len(pictures):
+        raise ValueError(
+            f"{int(here.sum())} image placeholders, {len(pictures)} image features: "
+            "expected as many"
+        )
+    x = x.masked_scatter(here[..., None], pictures.to(x.device, x.dtype))
+    positions = positions if len(positions) == 3 else positions[0]
+    language = language_model(backbone.model)
+    out = language(inputs_embeds=x, position_ids=positions, attention_mask=mask, use_cache=False)
+    return out.last_hidden_state
 
 
 def use_segment_attention(model: nn.Module) -> None:
@@ -117,41 +169,47 @@ def use_segment_attention(model: nn.Module) -> None:
     language_model(model).set_attn_implementation(ATTENTION)
 
 
-def segment_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None,
-                      dropout: float = 0.0, **_: Any) -> tuple[Tensor, None]:
-    """Attention of [prompt | answer | answer ...] by segments, as Transformers' attention functions are called.
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of [prompt | answer | answer ...] by segments, called as Transformers calls it.
 
-    query (B, heads, T, width of a head), key and value with as many heads or fewer, mask (B, 1, N, T) of the last N columns or None
-    -> (B, T, heads, width). The prompt is causal and needs no mask: padding stands behind it, where none of its tokens looks. So the
-    T x T mask of a packed row never exists, and half of the prompt's products are never computed.
+    The prompt is causal and needs no mask: padding stands behind it, where none of its tokens
+    looks. So the T x T mask of a packed row never exists, and half of the prompt's products are
+    never computed.
+
+    Args:
+        query: (B, heads, T, width of a head). key, value: with as many heads or fewer.
+        mask: (B, 1, N, T) of the last N columns, the answers; None where there is only a prompt.
+    Returns:
+        (B, T, heads, width of a head), and no weights.
     """
-    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)
+    attend = partial(
+        F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
     prompt = query.shape[2] - (0 if mask is None else mask.shape[2])  # P
     out = attend(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], is_causal=True)
     if mask is not None:
-        out = torch.cat([out, attend(query[:, :, prompt:], key, value, attn_mask=mask.to(query.dtype))], 2)
+        answers = attend(query[:, :, prompt:], key, value, attn_mask=mask.to(query.dtype))
+        out = torch.cat([out, answers], 2)
     return out.transpose(1, 2), None
 
 
-def hidden_states(backbone: Backbone, ids: Tensor, positions: Tensor, mask: Tensor | None, pictures: Tensor) -> Tensor:
-    """The language model's last hidden states: ids (B, T), positions (R, B, T), mask as in `segment_attention` (None: plainly causal,
-    padding on the right), pictures (n, d) = the features of all images in the order of their placeholders -> (B, T, d).
-
-    Raises ValueError where placeholders and features differ in number: they would silently shift.
-    """
-    x = backbone.model.get_input_embeddings()(ids)  # (B, T, d)
-    here = ids == backbone.image_token  # (B, T)
-    if int(here.sum()) != len(pictures):
-        raise ValueError(f"{int(here.sum())} image placeholders, {len(pictures)} image features: expected as many")
-    x = x.masked_scatter(here[..., None], pictures.to(x.device, x.dtype))
-    positions = positions if len(positions) == 3 else positions[0]
-    language = language_model(backbone.model)
-    return language(inputs_embeds=x, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
-
-
 def use_checkpointing(backbone: Backbone) -> None:
-    """Recompute each layer's activations in backward, without the reentrant variant, which would lose the noise of NoDO."""
+    """Recompute each layer's activations in backward.
+
+    Not by the reentrant variant: it would lose the noise of NoDO.
+    """
     model = backbone.model
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its name before 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:  # its name before Transformers 5.23
+        enable = model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.disable_input_require_grads()  # else the frozen embeddings would be given gradients

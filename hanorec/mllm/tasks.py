@@ -1,4 +1,5 @@
-"""What both training scripts need around their loops: batches, the schedule, the log, and the record of the run."""
+"""The examples of a data folder, and the rows that each stage makes of them: SFT, DPO, evaluation.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,153 +22,208 @@ from hanorec.datasets.interactions import (
 from hanorec.hars import fuse
 from hanorec.mllm import prompts
 from hanorec.mllm.backbone import Backbone, ImageFeatures
+from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.features import stored_pictures
 from hanorec.mllm.items import encode_pictures, item_embeddings, neighbors
 from hanorec.mllm.prompts import Row
 
-
-def print_budget(rows: Sequence[Row], micro_batch: int, backbone: Backbone) -> None:
-    """Tokens of a micro-batch at its largest, so that memory can be judged before it runs out."""
-    prompt, answer = max(len(row.prompt) for row in rows), max(sum(map(len, row.answers)) for row in rows)
-    image = max(sum(token == backbone.image_token for token in row.prompt) for row in rows)
-    print(f"{len(rows)} rows; prompts of up to {prompt} tokens ({image} of them images), answers of up to {answer}; "
-          f"a micro-batch of {micro_batch} takes at most {micro_batch * (prompt + answer):,} tokens; context {backbone.context}")
+# ---- what both stages start from ----
 
 
-@dataclass(frozen=True)
-class PromptBuilder:
-    """All that turns examples into rows."""
+def load_examples(
+    backbone: Backbone, data: DataConfig, config: TrainConfig
+) -> tuple[PromptBuilder, list[Example]]:
+    """The training examples with their candidates, and the pictures."""
+    catalog = load_catalog(data.data)
+    interactions = load_interactions(data.data, catalog)
+    users = select_users(interactions.train, data.users_from, data.users_to, data.users_seed)
+    examples = training_examples(interactions, config.targets_per_user, data.history, users)
+    without = len(users) - len({example.user for example in examples})
+    if without:
+        print(
+            f"{without} of {len(users)} users have a single training item, so they give no example"
+        )
+    if not examples:
+        raise InputError(
+            f"{data.data}: none of the {len(users)} users has two training items, expected some; "
+            "choose other users or more data"
+        )
+    print_missing_images(catalog)
+    negatives = data.candidates - 1
+    if config.draw == "random":
+        examples = draw_candidates(examples, catalog, negatives, config.seed)
+    pictures = load_pictures(backbone, catalog, data)
+    if config.draw == "hard":
+        _, _, index = neighbors(backbone, catalog, pictures, data.neighbors)
+        near = index.cpu().numpy()
+        examples = draw_hard_candidates(examples, catalog, near, negatives, config.seed)
+    return PromptBuilder(backbone, catalog, pictures, data), examples
 
-    backbone: Backbone
-    catalog: Catalog
-    pictures: dict[int, ImageFeatures]
-    config: DataConfig
 
-    def ranking_row(self, example: Example, answers: Sequence[int]) -> Row:
-        """The ranking prompt of an example, answered by the titles of these catalogue rows."""
-        parts = prompts.ranking_parts(self.catalog, example.history, example.candidates, self.config.candidate_images == "on")
-        tokens = [prompts.answer_ids(self.backbone, self.catalog.titles[row]) for row in answers]
-        return prompts.encode_row(self.backbone, example.user, parts, self.pictures, tokens)
-
-    def binary_row(self, example: Example, target: int, answers: Sequence[str]) -> Row:
-        """The binary prompt about one item, answered by Yes, No, or both."""
-        parts = prompts.binary_parts(self.catalog, example.history, target)
-        return prompts.encode_row(self.backbone, example.user, parts, self.pictures, [prompts.answer_ids(self.backbone, a) for a in answers])
-
-
-def load_pictures(backbone: Backbone, catalog: Catalog, data: DataConfig) -> dict[int, ImageFeatures]:
-    """Features of every image of the catalogue, from the feature file; --plain computes them anew."""
+def load_pictures(
+    backbone: Backbone, catalog: Catalog, data: DataConfig
+) -> dict[int, ImageFeatures]:
+    """Features of every image of the catalogue, from the feature file; --plain computes them anew.
+    """
     if data.plain:
         return encode_pictures(backbone, catalog, range(len(catalog.ids)))
     return stored_pictures(backbone, catalog, data.features or data.data)
 
 
-def load_examples(backbone: Backbone, data: DataConfig, config: TrainConfig) -> tuple[PromptBuilder, list[Example]]:
-    """What both stages start from: the training examples with their candidates, and the pictures."""
-    catalog = load_catalog(data.data)
-    interactions = load_interactions(data.data, catalog)
-    users = select_users(interactions.train, data.users_from, data.users_to, data.users_seed)
-    examples = training_examples(interactions, config.targets_per_user, data.history, users)
-    if without := len(users) - len({example.user for example in examples}):
-        print(f"{without} of {len(users)} users have a single training item, so they give no example")
-    if not examples:
-        raise InputError(f"{data.data}: none of the {len(users)} users has two training items, expected some; choose other users or more data")
-    print_missing_images(catalog)
-    if config.draw == "random":
-        examples = draw_candidates(examples, catalog, data.candidates - 1, config.seed)
-    pictures = load_pictures(backbone, catalog, data)
-    if config.draw == "hard":
-        _, _, index = neighbors(backbone, catalog, pictures, data.neighbors)
-        examples = draw_hard_candidates(examples, catalog, index.cpu().numpy(), data.candidates - 1, config.seed)
-    return PromptBuilder(backbone, catalog, pictures, data), examples
-
-
 def print_missing_images(catalog: Catalog) -> None:
     """Items without an image are prompted by title alone; say how many there are."""
-    if missing := sum(path is None for path in catalog.images):
-        print(f"{missing} of {len(catalog.ids)} items of {catalog.name} have no image: prompts show their titles alone")
+    missing = sum(path is None for path in catalog.images)
+    if missing:
+        print(
+            f"{missing} of {len(catalog.ids)} items of {catalog.name} have no image: prompts show "
+            "their titles alone"
+        )
 
 
-def negatives_of(example: Example, seed: int, count: int = 1, near: Sequence[Tensor] = ()) -> list[int]:
-    """`count` of the example's negatives: at random, or those nearest to the target in one of the views in `near`, drawn at random.
+def print_budget(rows: Sequence[Row], micro_batch: int, backbone: Backbone) -> None:
+    """Tokens of a micro-batch at its largest, so that memory can be judged before it runs out."""
+    prompt = max(len(row.prompt) for row in rows)
+    answer = max(row.answer_tokens for row in rows)
+    image = max(row.prompt.count(backbone.image_token) for row in rows)
+    print(
+        f"{len(rows)} rows; prompts of up to {prompt} tokens ({image} of them images), answers of "
+        f"up to {answer}; a micro-batch of {micro_batch} takes at most "
+        f"{micro_batch * (prompt + answer):,} tokens; context {backbone.context}"
+    )
 
-    near: unit rows (N, d) of the catalogue, see `views`. A view in which the target is all zeros (it has no image) gives way to the
-    first. The draw depends on the seed and on the example's own prompt.
+
+# ---- negatives ----
+
+
+def negatives_of(
+    example: Example, seed: int, count: int = 1, near: Sequence[Tensor] = ()
+) -> list[int]:
+    """`count` of the example's negatives: at random, or those nearest to the target in one of the
+    views in `near`, drawn at random.
+
+    near: unit rows (N, d) of the catalogue, see `views`. A view in which the target is all zeros
+    (it has no image) gives way to the first. The draw depends on the seed and on the example's own
+    prompt.
     """
     negatives = [row for row in example.candidates if row != example.target]
     if len(negatives) < count:
-        raise InputError(f"user {example.user!r}: {len(negatives)} negatives among the candidates, expected at least {count}; raise --candidates")
+        raise InputError(
+            f"user {example.user!r}: {len(negatives)} negatives among the candidates, expected at "
+            f"least {count}; raise --candidates"
+        )
     rng = np.random.default_rng([seed, *example.candidates, *example.history])
     if not near:
         return rng.choice(negatives, count, replace=False).tolist()
     view = near[rng.integers(len(near))]
-    view = view if view[example.target].any() else near[0]
+    if not view[example.target].any():
+        view = near[0]
     likeness = view[negatives] @ view[example.target]  # (C - 1,)
-    return [negatives[i] for i in likeness.argsort(descending=True, stable=True)[:count].tolist()]
+    nearest = likeness.argsort(descending=True, stable=True)[:count]
+    return [negatives[i] for i in nearest.tolist()]
 
 
-def views(source: PromptBuilder, kind: str) -> list[Tensor]:
-    r"""What `negatives_of` calls near. random: nothing. same: e of HN-2, both modalities at once. chns: title alone, or image alone,
-    so that the rejected item is what one modality confuses with the chosen one and the other has to tell apart (the argmax of BR-2,
-    with the likeness to the chosen item as the modality's score)."""
+def views(builder: PromptBuilder, kind: str) -> list[Tensor]:
+    r"""What `negatives_of` calls near.
+
+    random: nothing. same: e of HN-2, both modalities at once. chns: title alone, or image alone, so
+    that the rejected item is what one modality confuses with the chosen one and the other has to
+    tell apart (the argmax of BR-2, with the likeness to the chosen item as the modality's score).
+    """
     if kind == "random":
         return []
-    H, X, has_image = item_embeddings(source.backbone, source.catalog, source.pictures)
-    return [fuse(H, X, has_image)] if kind == "same" else [F.normalize(H, dim=1), F.normalize(X, dim=1)]
+    H, X, has_image = item_embeddings(builder.backbone, builder.catalog, builder.pictures)
+    if kind == "same":
+        return [fuse(H, X, has_image)]
+    return [F.normalize(H, dim=1), F.normalize(X, dim=1)]
 
 
-def sft_rows(source: PromptBuilder, examples: Sequence[Example], seed: int) -> list[Row]:
-    """SFT-1's data. ranking: the target's title. binary: Yes on the target, and No on one negative."""
+# ---- the rows of each stage ----
+
+
+def sft_rows(builder: PromptBuilder, examples: Sequence[Example], seed: int) -> list[Row]:
+    """SFT-1's data. ranking: the target's title. binary: Yes on the target, and No on one negative.
+    """
     rows = []
     for example in tqdm(examples, desc="prompts", disable=None, leave=False):
-        if source.config.task == "ranking":
-            rows.append(source.ranking_row(example, [example.target]))
+        if builder.config.task == "ranking":
+            rows.append(builder.ranking_row(example, [example.target]))
         else:
-            rows.append(source.binary_row(example, example.target, [prompts.YES]))
-            rows.append(source.binary_row(example, negatives_of(example, seed)[0], [prompts.NO]))
+            negative = negatives_of(example, seed)[0]
+            rows.append(builder.binary_row(example, example.target, [prompts.YES]))
+            rows.append(builder.binary_row(example, negative, [prompts.NO]))
     return rows
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One prompt and its preference pairs: a row with the answers (y_w, y_l, y_l ...), and the items (w, l, l ...) behind them."""
+    """One prompt and its preference pairs: a row with the answers (y_w, y_l, y_l ...), and the
+    items (w, l, l ...) behind them."""
 
     row: Row
     chosen: int
     rejected: list[int]
 
 
-def preferences(source: PromptBuilder, examples: Sequence[Example], seed: int, count: int = 1, kind: str = "random") -> list[Preference]:
-    """ranking: the target's title against those of `count` negatives. binary: Yes against No on the target, No against Yes on one.
+def preferences(
+    builder: PromptBuilder,
+    examples: Sequence[Example],
+    seed: int,
+    count: int = 1,
+    kind: str = "random",
+) -> list[Preference]:
+    """ranking: the target's title against those of `count` negatives. binary: Yes against No on the
+    target, No against Yes on one.
 
-    kind: which negatives, see `views`. Raises InputError where two titles are equal: their log-probabilities always are, so nothing
-    can be learnt; and for the binary task with a count above 1.
+    kind: which negatives, see `views`. Raises InputError where two titles are equal: their
+    log-probabilities always are, so nothing can be learnt; and for the binary task with a count
+    above 1.
     """
-    if source.config.task == "binary" and count > 1:
-        raise InputError(f"--rejected {count} with --task binary: expected 1, since the only other answer is No; use --task ranking")
-    found, near = [], views(source, kind)
+    if builder.config.task == "binary" and count > 1:
+        raise InputError(
+            f"--rejected {count} with --task binary: expected 1, since the only other answer is "
+            "No; use --task ranking"
+        )
+    found, near = [], views(builder, kind)
     for example in tqdm(examples, desc="prompts", disable=None, leave=False):
         chosen, rejected = example.target, negatives_of(example, seed, count, near)
-        if source.config.task == "ranking":
-            titles, ids = source.catalog.titles, source.catalog.ids
-            for row in rejected:
-                if titles[chosen] == titles[row]:
-                    raise InputError(f"user {example.user!r}: items {ids[chosen]!r} and {ids[row]!r} have one title {titles[chosen]!r}, "
-                                     "expected two; the answer is a title, so they cannot be a pair")
-            found.append(Preference(source.ranking_row(example, [chosen, *rejected]), chosen, rejected))
+        if builder.config.task == "ranking":
+            check_titles(builder.catalog, example, rejected)
+            rows = [builder.ranking_row(example, [chosen, *rejected])]
         else:
-            found.append(Preference(source.binary_row(example, chosen, [prompts.YES, prompts.NO]), chosen, rejected))
-            found.append(Preference(source.binary_row(example, rejected[0], [prompts.NO, prompts.YES]), chosen, rejected))
+            rows = [
+                builder.binary_row(example, chosen, [prompts.YES, prompts.NO]),
+                builder.binary_row(example, rejected[0], [prompts.NO, prompts.YES]),
+            ]
+        found += [Preference(row, chosen, rejected) for row in rows]
     return found
 
 
-def scoring_rows(source: PromptBuilder, examples: Sequence[Example]) -> list[Row]:
-    """Evaluation. ranking: a row an example, its answers the candidates in order. binary: a row a candidate, Yes and No."""
-    if source.config.task == "ranking":
-        return [source.ranking_row(example, example.candidates) for example in examples]
-    return [source.binary_row(example, c, [prompts.YES, prompts.NO]) for example in examples for c in example.candidates]
+def check_titles(catalog: Catalog, example: Example, rejected: Sequence[int]) -> None:
+    """InputError where a rejected item has the title of the chosen one, the example's target."""
+    chosen = example.target
+    for row in rejected:
+        if catalog.titles[chosen] == catalog.titles[row]:
+            raise InputError(
+                f"user {example.user!r}: items {catalog.ids[chosen]!r} and {catalog.ids[row]!r} "
+                f"have one title {catalog.titles[chosen]!r}, expected two; the answer is a title, "
+                "so they cannot be a pair"
+            )
+
+
+def scoring_rows(builder: PromptBuilder, examples: Sequence[Example]) -> list[Row]:
+    """Evaluation. ranking: a row an example, its answers the candidates in order. binary: a row a
+    candidate, Yes and No."""
+    rows = []
+    for example in examples:
+        if builder.config.task == "ranking":
+            rows.append(builder.ranking_row(example, example.candidates))
+            continue
+        for candidate in example.candidates:
+            rows.append(builder.binary_row(example, candidate, [prompts.YES, prompts.NO]))
+    return rows
 
 
 def single_answer(row: Row, a: int) -> Row:
-    """The same prompt with one of its answers: the plain path that the packed one is compared with."""
+    """The same prompt with one of its answers: the plain path that the packed one is compared with.
+    """
     return replace(row, answers=[row.answers[a]])

@@ -1,4 +1,4 @@
-"""The frozen reference of DPO, computed once: log pi_ref of every answer of the run, kept in a file that is refused when stale."""
+"""The frozen reference of DPO on disk: log pi_ref of every answer, refused when stale."""
 
 import hashlib
 import json
@@ -14,41 +14,62 @@ from torch import Tensor
 
 from hanorec.base.distributed import rank
 from hanorec.base.errors import InputError
+from hanorec.base.facts import check_facts
 from hanorec.base.files import write_bytes
 from hanorec.mllm.backbone import ImageFeatures
 from hanorec.mllm.prompts import Row
 
 
 def rows_hash(rows: Sequence[Row], pictures: Mapping[int, ImageFeatures]) -> str:
-    """SHA-256 of what the rows ask and compare: the tokens of prompts and answers, which images they show, and those images' features."""
+    """SHA-256 of what the rows ask and compare.
+
+    That is the tokens of prompts and answers, which images they show, and those images' features.
+    """
     digest = hashlib.sha256()
+    shown: set[int] = set()
     for row in rows:
+        shown.update(row.images)
         for part in (row.prompt, row.images, *row.answers):
             digest.update(np.array([len(part), *part], np.int64).tobytes())
-    for item in sorted({item for row in rows for item in row.images}):
-        digest.update(pictures[item].features.contiguous().view(torch.uint8).numpy())
+    for item in sorted(shown):
+        features = pictures[item].features.contiguous()
+        digest.update(features.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def save_reference(path: Path, log_probs: Tensor, facts: dict[str, Any]) -> None:
     """Write log pi_ref (P, A) with the facts that it depends on."""
     if rank() == 0:
-        write_bytes(path, save({"log_probs": log_probs.cpu().contiguous()}, metadata={"facts": json.dumps(facts)}))
+        tensors = {"log_probs": log_probs.cpu().contiguous()}
+        write_bytes(path, save(tensors, metadata={"facts": json.dumps(facts)}))
 
 
 def load_reference(path: Path, facts: dict[str, Any]) -> Tensor:
-    """log pi_ref (P, A) float32. InputError where the file is not whole, or any fact is another one: the reference would be another's."""
+    """log pi_ref (P, A) float32.
+
+    InputError where the file is not whole, or any fact is another one: the reference would be
+    another's.
+    """
     again = "leave --reference out to compute it anew, or delete the file"
     try:
         with safe_open(path, "pt") as file:
-            stored, log_probs = json.loads((file.metadata() or {}).get("facts", "{}")), file.get_tensor("log_probs")
+            stored = json.loads((file.metadata() or {}).get("facts", "{}"))
+            log_probs = file.get_tensor("log_probs")
     except FileNotFoundError:
-        raise InputError(f"--reference {path}: no such file, expected once, live, or the reference.safetensors of another run") from None
+        raise InputError(
+            f"--reference {path}: no such file, expected once, or the reference.safetensors of "
+            "another run"
+        ) from None
     except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not a whole file of reference log-probabilities ({error}); {again}") from None
+        raise InputError(
+            f"{path}: not a whole file of reference log-probabilities ({error}); {again}"
+        ) from None
     if not isinstance(stored, dict):
-        raise InputError(f"{path}: its facts are {stored!r}, expected an object: the file was edited; {again}")
-    for name, value in json.loads(json.dumps(facts)).items():
-        if stored.get(name) != value:
-            raise InputError(f"{path}: its {name} is {stored.get(name)!r}, expected {value!r}: it is stale, or of another run; {again}")
+        raise InputError(
+            f"{path}: its facts are {stored!r}, expected an object: the file was edited; {again}"
+        )
+    check_facts(stored, facts, lambda name, found, wanted: (
+        f"{path}: its {name} is {found!r}, expected {wanted!r}: it is stale, or of another run; "
+        f"{again}"
+    ))
     return log_probs

@@ -1,0 +1,163 @@
+"""Who is evaluated on what: held-out items, and the frozen candidate sets around them.
+
+Two kinds of sets, drawn once, kept in the data folder and the same for every model: `random`
+(unseen items) and `hard` (unseen items near the positive).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hanorec.base.config import DataConfig, EvalConfig
+from hanorec.base.distributed import barrier, rank, run_on_all_ranks
+from hanorec.base.errors import InputError
+from hanorec.base.files import sha256
+from hanorec.datasets.candidates import draw_candidates, draw_hard_candidates
+from hanorec.datasets.catalog import Catalog, data_hash, load_catalog
+from hanorec.datasets.frozen import load_candidates, save_candidates
+from hanorec.datasets.interactions import (
+    Example,
+    Interactions,
+    heldout_examples,
+    load_interactions,
+    select_users,
+)
+
+KINDS = {"random": ["random"], "hard": ["hard"], "both": ["random", "hard"]}  # of `--sets`
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The data, every held-out item of a split, and the users asked for."""
+
+    catalog: Catalog
+    interactions: Interactions
+    every: list[Example]  # of all users: candidate sets are drawn for all of them at once
+    users: set[str]
+
+    def asked(self, examples: list[Example]) -> list[Example]:
+        """Those of the users asked for."""
+        return [example for example in examples if example.user in self.users]
+
+
+def held_out(data: DataConfig, config: EvalConfig) -> HeldOut:
+    """Read the data folder, and choose the users of `config`. InputError: there is nobody."""
+    catalog = load_catalog(data.data)
+    interactions = load_interactions(data.data, catalog)
+    every = heldout_examples(interactions, config.split, data.history)
+    if not every:
+        raise InputError(
+            f"{Path(data.data) / config.split}.tsv: no user, expected at least one held-out item"
+        )
+    users = _users(data, config, interactions, every)
+    held = HeldOut(catalog, interactions, every, users)
+    chosen = held.asked(every)
+    if not chosen:
+        raise InputError(
+            f"{data.data}: none of the {len(users)} users chosen is in {config.split}.tsv, "
+            "expected some; widen --users-from, --users-to"
+        )
+    repeats = sum(e.target in interactions.before(e.user, config.split) for e in chosen)
+    if repeats:
+        print(
+            f"note: {repeats} of {len(chosen)} targets are items that their user had before; "
+            "copying from the history finds them"
+        )
+    return held
+
+
+def _users(
+    data: DataConfig, config: EvalConfig, interactions: Interactions, every: list[Example]
+) -> set[str]:
+    """`--user`, or the fraction of all that the data's settings name."""
+    if config.user is None:
+        chosen = select_users(
+            interactions.train, data.users_from, data.users_to, data.users_seed
+        )
+        return set(chosen)
+    if config.user not in {example.user for example in every}:
+        raise InputError(
+            f"--user {config.user!r}: not in {config.split}.tsv of {data.data}; expected one of "
+            f"its {len(every)} users"
+        )
+    return {config.user}
+
+
+def candidates_path(data: DataConfig, config: EvalConfig, kind: str) -> Path:
+    """The file that keeps the sets of a kind."""
+    return Path(data.data) / f"candidates_{config.split}_{kind}.json"
+
+
+def frozen_sets(
+    held: HeldOut,
+    data: DataConfig,
+    config: EvalConfig,
+    near: Callable[[], Tensor],
+    embedding: str,
+) -> dict[str, list[Example]]:
+    """Kind -> the examples of the users asked for, with their candidates.
+
+    Sets that the data folder does not have yet are drawn now, for all users.
+
+    Args:
+        near: gives (N, M) int64, row i = the M items nearest to i. It is called on all ranks, and
+            only where a hard set is to be drawn.
+        embedding: in what space they are near, for the file's facts.
+    """
+    sets = {}
+    for kind in KINDS[config.sets]:
+        facts = {
+            "kind": kind,
+            "neighbors": data.neighbors if kind == "hard" else None,
+            "split": config.split,
+            "seed": config.seed,
+            "negatives": data.candidates - 1,
+            "data_sha256": data_hash(held.catalog),
+        }
+        path = candidates_path(data, config, kind)
+        if not run_on_all_ranks(path.exists)[0]:  # as rank 0 sees it, which draws
+            index = near() if kind == "hard" else None
+            if rank() == 0:
+                _draw(path, held, facts, index, embedding)
+        barrier()
+        sets[kind] = held.asked(load_candidates(path, held.every, held.catalog, **facts))
+    return sets
+
+
+def _draw(
+    path: Path,
+    held: HeldOut,
+    facts: dict[str, Any],
+    near: Tensor | None,
+    embedding: str,
+) -> None:
+    """Draw the sets of all users and keep them in `path`: hard ones, or without near random ones.
+    """
+    every, catalog = held.every, held.catalog
+    negatives, seed = facts["negatives"], facts["seed"]
+    if near is None:
+        drawn = draw_candidates(every, catalog, negatives, seed)
+        save_candidates(path, drawn, catalog, **facts)
+    else:
+        drawn = draw_hard_candidates(every, catalog, near.cpu().numpy(), negatives, seed)
+        save_candidates(path, drawn, catalog, **facts, embedding=embedding)
+
+
+def input_hashes(
+    held: HeldOut, data: DataConfig, config: EvalConfig, policies: Sequence[str]
+) -> dict[str, str]:
+    """What was evaluated on what: the data, the candidates, and every policy's adapter."""
+    files = {}
+    if config.retriever is None:
+        for kind in KINDS[config.sets]:
+            files[f"candidates_{kind}"] = candidates_path(data, config, kind)
+    else:
+        files["retriever"] = Path(config.retriever) / "embeddings.safetensors"
+    for policy in policies:
+        if policy != "base":
+            files[policy] = Path(policy) / "adapter_model.safetensors"
+    hashes = {name: sha256(path) for name, path in files.items()}
+    return {"data": data_hash(held.catalog), **hashes}

@@ -1,0 +1,30 @@
+"""The scripts of the repository's root as modules, for studies that run them in this process."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from hanorec.base.errors import InputError
+
+PACKAGE = Path(__file__).parent.parent
+
+
+def script(name: str) -> ModuleType:
+    """`train_sft`, `train_dpo`, `train_brmrs` or `evaluate` as a module, read anew at every call.
+
+    In a clone it lies beside the package, in an installed wheel the build has copied it into
+    hanorec/scripts. It is never put into sys.modules, where another package may be `evaluate`.
+    """
+    clone, wheel = PACKAGE.parent, PACKAGE / "scripts"
+    # site-packages, too, is a folder beside a package; a clone has its setup.py there
+    folder = clone if (clone / "setup.py").exists() else wheel
+    path = folder / f"{name}.py"
+    if not path.exists():
+        raise InputError(
+            f"{name}.py: neither beside the package ({clone}, expected a clone with its setup.py) "
+            f"nor in {wheel}, where an installed package has it; install hanorec again, or use a "
+            "clone with `pip install -e .`")
+    spec = importlib.util.spec_from_file_location(f"hanorec.scripts.{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
