@@ -31,17 +31,16 @@ from hanorec.base.errors import InputError
 from hanorec.base.files import claim_folder, write_json
 from hanorec.base.settings import parse
 from hanorec.datasets.interactions import Example
-from hanorec.mllm import evaluation
+from hanorec.mllm import evaluation, tasks
 from hanorec.mllm.backbone import ImageFeatures
 from hanorec.mllm.builder import PromptBuilder
-from hanorec.mllm.items import neighbors
 from hanorec.mllm.load import load_backbone
-from hanorec.mllm.tasks import load_pictures, print_budget, print_missing_images, scoring_rows
-from hanorec.ranking.candidate_sets import HeldOut, frozen_sets, held_out, input_hashes
-from hanorec.ranking.report import asked, chance, paired_tests, popularity, print_set, summarise
+from hanorec.ranking.candidate_sets import HeldOut, frozen_sets, held_out
+from hanorec.ranking.report import by_id, chance, paired_tests, popularity, print_set, summarise
 from hanorec.ranking.reranking import rerank
 from hanorec.ranking.retriever import retrieved
-from hanorec.run.record import compare_settings, prompt_settings, write_run
+from hanorec.run.inputs import check_evaluation, evaluation_inputs
+from hanorec.run.record import close_run, compare_settings, prompt_settings
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]  # policy -> {"sum": (U, C), "mean": (U, C)}
 
@@ -59,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "report; run them apart"
         )
     join(usable_device(model.device))
+    check_evaluation(config)
     out = Path(config.out)
     if rank() == 0:
         claim_folder(out)
@@ -67,14 +67,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # neighbourhoods.
     backbone = load_backbone(model.model, model.dtype, model.device, model.max_pixels, config.shard)
     held = held_out(data, config)
-    print_missing_images(held.catalog)
+    tasks.print_missing_images(held.catalog)
 
     @cache
     def pictures() -> dict[int, ImageFeatures]:
-        return load_pictures(backbone, held.catalog, data)
+        return tasks.load_pictures(backbone, held.catalog, data)
 
     def near() -> Tensor:
-        return neighbors(backbone, held.catalog, pictures(), data.neighbors)[2]
+        return tasks.near_items(PromptBuilder(backbone, held.catalog, pictures(), data))
 
     # Which candidates: frozen sets, or what the retriever finds in the whole catalogue.
     if config.retriever is None:
@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         if config.similarity:
             evaluation.check_images(builder)
-        scores, _ = score_all(builder, sets, policies, config.batch, prompt_settings(model, data))
+        prompt = prompt_settings(model, data, backbone)
+        scores, _ = score_all(builder, sets, policies, config.batch, prompt)
         report["sets"] = {}
         for kind, examples in sets.items():
             report["sets"][kind] = compare(examples, scores[kind], held, config.seed)
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if rank() == 0:
         write_json(out / name, report)
-    write_run(out, [model, data, config], input_hashes(held, data, config, policies))
+    close_run(out, [model, data, config], evaluation_inputs(builder, held, config))
     print(f"\nwrote {out / name}")
 
 
@@ -123,8 +124,8 @@ def score_all(
 
     prompt: the settings that the policies' adapters should have been trained on.
     """
-    rows = {kind: scoring_rows(builder, examples) for kind, examples in sets.items()}
-    print_budget(list(chain(*rows.values())), batch, builder.backbone)
+    rows = {kind: tasks.scoring_rows(builder, examples) for kind, examples in sets.items()}
+    tasks.print_budget(list(chain(*rows.values())), batch, builder.backbone)
     scores, seconds = {kind: {} for kind in sets}, {}
     for policy in policies:
         evaluation.use_policy(builder.backbone, policy)
@@ -144,7 +145,7 @@ def compare(
     means = {policy: summarise(of["mean"], examples, seed) for policy, of in scores.items()}
     popular = popularity(held.interactions.train, examples)
     return {
-        "users": asked(examples, held.catalog.ids),
+        "users": by_id(examples, held.catalog.ids),
         "policies": results,
         "policies_mean_score": means,
         "popularity": summarise(popular, examples, seed),

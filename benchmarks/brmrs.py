@@ -23,9 +23,10 @@ from measure import interleaved
 from torch import Tensor
 
 from hanorec.base.config_brmrs import BrmrsConfig
-from hanorec.brmrs.model import BRMRS, rivals, step_loss
+from hanorec.brmrs.model import BRMRS, rivals
 from hanorec.ranking.full_ranking import Seen, evaluate
 from hanorec.ranking.sampler import NegativeSampler
+from hanorec.studies.scripts import script
 
 # users, items, training pairs; the first is MovieLens-100K's
 SIZES = [(943, 1682, 80_000), (50_000, 60_000, 500_000)]
@@ -69,6 +70,7 @@ def measure(n_users: int, n_items: int, n_pairs: int, rounds: int) -> list[str]:
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=base.learning_rate)
     sampler, steps = NegativeSampler(users, items, n_users, n_items), -(-n_pairs // base.batch)
+    step_loss = script("train_brmrs").step_loss
     u, i, everyone = users[: base.batch], items[: base.batch], list(range(n_items))
     seen: list[set[int]] = [set() for _ in range(n_users)]
     for user, item in zip(users.tolist(), items.tolist(), strict=True):

@@ -37,8 +37,14 @@ CORE, LEAST_RATING = 5, 4
 WIDTH = 1024  # of the hashed text features
 SEED = 1  # of the grid
 GRID_PATIENCE = 10  # the choice needs no last digit
-HARD = [{"lambda_h": weight, "pool": pool} for weight in (0.3, 1.0) for pool in (2, 8)]
-SYNERGY = [{"lambda_s": weight, "theta": theta} for weight in (0.3, 1.0) for theta in (0.1, 1.0)]
+HARD = [
+    {"lambda_h": 0.3, "pool": 2}, {"lambda_h": 0.3, "pool": 8},
+    {"lambda_h": 1.0, "pool": 2}, {"lambda_h": 1.0, "pool": 8},
+]
+SYNERGY = [
+    {"lambda_s": 0.3, "theta": 0.1}, {"lambda_s": 0.3, "theta": 1.0},
+    {"lambda_s": 1.0, "theta": 0.1}, {"lambda_s": 1.0, "theta": 1.0},
+]
 GRID: dict[str, list[dict[str, Any]]] = {  # row -> candidates; what BPR chooses holds for all rows
     "BPR": [{"weight_decay": decay} for decay in (1e-4, 1e-3, 1e-2)],
     "BPR, hard by s_f": [{"pool": pool} for pool in (2, 4, 8)],
@@ -73,11 +79,12 @@ def title_features(titles: list[str]) -> np.ndarray:
     """
     counts = np.zeros((len(titles), WIDTH))
     for row, title in enumerate(titles):
-        words = title.lower().split()
-        grams = [f" {word} "[k : k + 3] for word in words for k in range(len(word))]
-        for term, n in Counter(
-            [f"w {word}" for word in words] + [f"g {gram}" for gram in grams]
-        ).items():
+        terms = Counter()
+        for word in title.lower().split():
+            terms[f"w {word}"] += 1
+            padded = f" {word} "
+            terms.update(f"g {padded[k : k + 3]}" for k in range(len(word)))
+        for term, n in terms.items():
             counts[row, zlib.crc32(term.encode()) % WIDTH] += n
     weight = np.log((1 + len(titles)) / (1 + (counts > 0).sum(0))) + 1
     x = np.log1p(counts) * weight
@@ -88,16 +95,15 @@ def genre_year_features(genres: list[list[str]], years: list[int]) -> np.ndarray
     """(I, 19 + 15): the STAND-IN FOR IMAGES. Genres as flags of length 1, and the year as 15
     overlapping bumps of length 1.
     """
-    names = sorted({name for of_item in genres for name in of_item})
-    flags = np.array([[name in of_item for name in names] for of_item in genres], float)
+    names = sorted(set().union(*genres))
+    flags = np.zeros((len(genres), len(names)))
+    for row, of_item in enumerate(genres):
+        flags[row] = [name in of_item for name in names]
     centres = np.linspace(1925, 1998, 15)
     bumps = np.exp(-(((np.array(years)[:, None] - centres) / 5) ** 2))
-    return np.concatenate(
-        [flags / np.linalg.norm(flags, axis=1, keepdims=True),
-         bumps / np.linalg.norm(bumps, axis=1, keepdims=True)],
-        1,
-    )
-
+    flags /= np.linalg.norm(flags, axis=1, keepdims=True)
+    bumps /= np.linalg.norm(bumps, axis=1, keepdims=True)
+    return np.concatenate([flags, bumps], 1)
 
 def make_data(raw: Path) -> RankingData:
     """Ratings of 4 and 5, the 5-core, each user's pairs split 80 / 10 / 10 at random (seed 0)."""
@@ -119,14 +125,12 @@ def make_data(raw: Path) -> RankingData:
     for u in range(len(codes)):
         own = rng.permutation(np.flatnonzero(user == u))
         tenth = max(1, round(len(own) / 10))
-        for split, part in zip(
-            ("test", "valid", "train"), np.split(own, [tenth, 2 * tenth]), strict=True
-        ):
+        parts = np.split(own, [tenth, 2 * tenth])
+        for split, part in zip(("test", "valid", "train"), parts, strict=True):
             splits[split].append(part)
-    pairs = {
-        split: torch.from_numpy(np.stack([user, item])[:, np.concatenate(parts)])
-        for split, parts in splits.items()
-    }
+    both, pairs = np.stack([user, item]), {}
+    for split, parts in splits.items():
+        pairs[split] = torch.from_numpy(both[:, np.concatenate(parts)])
     known = [int(year[i]) for i in ids if year[i].isdigit()]
     years = [int(year[i]) if year[i].isdigit() else round(np.mean(known)) for i in ids]
     features = {
@@ -157,12 +161,13 @@ def choose(
                 "row": row, "settings": candidate, "valid_Recall@20": result["valid"]["Recall@20"],
                 "epoch": result["best_epoch"],
             })
-        best = max(
-            (one for one in tried if one["row"] == row), key=lambda one: one["valid_Recall@20"]
-        )
+        own = [one for one in tried if one["row"] == row]
+        best = max(own, key=lambda one: one["valid_Recall@20"])
         chosen[row] = {**chosen.get("BPR", {}), **best["settings"]}
     for row, parts in JOINT.items():
-        chosen[row] = {key: value for part in parts for key, value in chosen[part].items()}
+        chosen[row] = {}
+        for part in parts:
+            chosen[row] |= chosen[part]
     return chosen, tried
 
 

@@ -52,14 +52,10 @@ def generate(folder: Path, interactions: int, items: int, seed: int) -> int:
     users, total = round(2 * interactions / (SHORTEST + LONGEST)), 0
     for shard, first in enumerate(range(0, users, USERS_PER_SHARD)):
         rng = np.random.default_rng([seed, shard])
-        lengths = rng.integers(
-            SHORTEST, LONGEST + 1, min(USERS_PER_SHARD, users - first), dtype=np.uint8
-        )
-        drawn = (
-            (items * rng.random(int(lengths.sum()), dtype=np.float32) ** 3)
-            .astype(np.int32)
-            .clip(max=items - 1)
-        )
+        count = min(USERS_PER_SHARD, users - first)
+        lengths = rng.integers(SHORTEST, LONGEST + 1, count, dtype=np.uint8)
+        uniform = rng.random(int(lengths.sum()), dtype=np.float32)
+        drawn = (items * uniform**3).astype(np.int32).clip(max=items - 1)
         lengths.tofile(folder / f"{shard:06d}.lengths")
         drawn.tofile(folder / f"{shard:06d}.items")
         total += len(drawn)
@@ -97,19 +93,12 @@ def chunks(folder: Path, shards: list[int]) -> Iterator[tuple[int, np.ndarray, n
         with open(folder / f"{shard:06d}.items", "rb") as file:
             start = 0
             while start < len(lengths):
-                stop = max(
-                    start + 1,
-                    int(
-                        np.searchsorted(
-                            ends, (ends[start - 1] if start else 0) + CHUNK, side="right"
-                        )
-                    ),
-                )
+                done = ends[start - 1] if start else 0
+                stop = int(np.searchsorted(ends, done + CHUNK, side="right"))
+                stop = max(start + 1, stop)
                 part = lengths[start:stop]
-                yield (
-                    shard * USERS_PER_SHARD + start, part,
-                    np.fromfile(file, np.int32, int(part.sum())),
-                )
+                items = np.fromfile(file, np.int32, int(part.sum()))
+                yield shard * USERS_PER_SHARD + start, part, items
                 start = stop
 
 
@@ -161,10 +150,9 @@ def stream(
     rng = np.random.default_rng([seed, epoch, reader])
     shards = rng.permutation(range(reader, len(list(folder.glob("*.items"))), readers)).tolist()
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    return shuffled(
-        (make_examples(*chunk, targets, items, generator) for chunk in chunks(folder, shards)),
-        buffer, rng,
-    )
+    parts = chunks(folder, shards)
+    made = (make_examples(*part, targets, items, generator) for part in parts)
+    return shuffled(made, buffer, rng)
 
 
 @dataclass
@@ -209,9 +197,8 @@ def expected(folder: Path, targets: int) -> tuple[int, int]:
 
 
 def compare(tallies: list[Tally], wanted: tuple[int, int]) -> None:
-    if (
-        found := (sum(t.examples for t in tallies), sum(t.hash for t in tallies) % 2**64)
-    ) != wanted:
+    found = sum(t.examples for t in tallies), sum(t.hash for t in tallies) % 2**64
+    if found != wanted:
         sys.exit(
             f"error: number and hash of the examples {found}, expected {wanted}: not each came once"
         )

@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,16 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from processes import together
+from processes import run_script, together
 
 from hanorec.datasets.posterland import make_posterland
-from hanorec.studies import stages as demo
+from hanorec.run import run as training_run
+from hanorec.studies.scripts import script as load_script
+from hanorec.studies.stages import BASE
 
 COMMON = [
     "--micro-batch", "8", "--accumulation", "2", "--lora-dropout", "0", "--epochs", "1",
-    "--targets-per-user", "1", "--save-every", "1000",
+    "--targets-per-user", "1", "--save-every", "1000", "--device", "cpu",
 ]
 KINDS = {
     "1 process": (1, []), "2 processes": (2, []), "2 processes, --shard": (2, ["--shard", "true"])
@@ -62,33 +65,38 @@ def counted(tally: list[int]) -> None:
         )
 
 
+def timed(script: str, flags: list[str], folder: str) -> None:
+    """In a child: the script, and into a file of the rank what its median step took."""
+    tally, ends = [0], []
+    counted(tally)
+    log = training_run.append_log
+
+    def at_the_end_of_a_step(*arguments: Any) -> None:
+        log(*arguments)
+        ends.append([time.perf_counter(), time.process_time(), tally[0]])
+
+    training_run.append_log = at_the_end_of_a_step
+    run_script(script, [*flags, "--out", f"{folder}/out"])
+    median = np.median(np.diff(ends[1:], axis=0), 0).tolist()
+    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(median))
+
+
 def run(n: int, script: str, flags: list[str]) -> tuple[float, float, int]:
     """(wall seconds, CPU seconds of all processes, bytes of one rank) of the median step of a
     script on n processes.
     """
     with tempfile.TemporaryDirectory() as folder:
-        def work() -> None:
-            tally, ends, module = [0], [], demo.script(script)
-            counted(tally)
-            log = module.append_log
-
-            def at_the_end_of_a_step(*arguments: Any) -> None:
-                log(*arguments)
-                ends.append([time.perf_counter(), time.process_time(), tally[0]])
-
-            module.append_log = at_the_end_of_a_step
-            module.main([*flags, "--out", str(Path(folder) / "out")])
-            (Path(folder) / f"{dist.get_rank()}.json").write_text(
-                json.dumps(np.median(np.diff(ends[1:], axis=0), 0).tolist())
-            )
-
-        sys.stdout.flush()
-        if together(n, work) != [0] * n:
+        if together(n, timed, script, flags, folder) != [0] * n:
             raise SystemExit("a process failed; its traceback is above")
-        walls, cpus, sizes = zip(
-            *(json.loads(path.read_text()) for path in Path(folder).glob("*.json")), strict=True
-        )
-        return max(walls), sum(cpus), max(sizes)
+        found = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    walls, cpus, sizes = zip(*found, strict=True)
+    return max(walls), sum(cpus), max(sizes)
+
+
+def ratio(these: Sequence[float], those: Sequence[float]) -> str:
+    """Of runs next to each other: the median, the smallest and the largest."""
+    found = [a / b for a, b in zip(these, those, strict=True)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f} .. {max(found):.2f})"
 
 
 def main() -> None:
@@ -100,17 +108,14 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["TQDM_DISABLE"] = "1"
     print(
-        (
-            "stage | | ms a step, wall | CPU, all processes | wall, times 1 process | CPU, times 1 "
-            "process | bytes a step | times the adapter\n"
-        )
-        + "---|" * 7
-        + "---"
+        "stage | | ms a step, wall | CPU, all processes | wall, times 1 process | CPU, times 1 "
+        "process | bytes a step | times the adapter"
     )
+    print("---|" * 7 + "---")
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         make_posterland(data, users=192)
-        common = ["--model", str(demo.BASE), "--data", str(data), *COMMON]
+        common = ["--model", str(BASE), "--data", str(data), *COMMON]
         for script in ("train_sft", "train_dpo"):
             adapter = 4 * adapter_size(common)  # float32; makes the feature file, too
             found: dict[str, list[tuple[float, float, int]]] = {kind: [] for kind in KINDS}
@@ -123,24 +128,15 @@ def main() -> None:
                     "on top; FSDP calls a collective that CALLS lacks"
                 )
             for kind, measured in found.items():
-                wall, cpu, size = (
-                    statistics.median(values) for values in zip(*measured, strict=True)
-                )
-                ratios = [
-                    [m[i] / one[i] for m, one in zip(measured, found["1 process"], strict=True)]
-                    for i in (0, 1)
-                ]
-                shown = [
-                    f"{statistics.median(r):.2f} ({min(r):.2f} .. {max(r):.2f})"
-                    if kind != "1 process"
-                    else "1"
-                    for r in ratios
-                ]
+                walls, cpus, sizes = zip(*measured, strict=True)
+                wall, cpu, size = map(statistics.median, (walls, cpus, sizes))
+                shown = ["1", "1"]
+                if kind != "1 process":
+                    one_wall, one_cpu, _ = zip(*found["1 process"], strict=True)
+                    shown = [ratio(walls, one_wall), ratio(cpus, one_cpu)]
                 print(
-                    (
-                        f"{script} | {kind} | {1000 * wall:.0f} | {1000 * cpu:.0f} | "
-                        f"{' | '.join(shown)} | {size:,.0f} | {size / adapter:.2f}"
-                    ),
+                    f"{script} | {kind} | {1000 * wall:.0f} | {1000 * cpu:.0f} | "
+                    f"{' | '.join(shown)} | {size:,.0f} | {size / adapter:.2f}",
                     flush=True,
                 )
 
@@ -148,7 +144,7 @@ def main() -> None:
 def adapter_size(common: list[str]) -> int:
     """Weights of the adapter, as run.json states them."""
     with tempfile.TemporaryDirectory() as folder:
-        demo.script("train_sft").main([*common, "--users-to", "0.2", "--out", f"{folder}/out"])
+        load_script("train_sft").main([*common, "--users-to", "0.2", "--out", f"{folder}/out"])
         return int(json.loads(Path(folder, "out", "run.json").read_text())["trained_weights"])
 
 

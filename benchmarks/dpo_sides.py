@@ -59,7 +59,9 @@ def ours(
     backbone, rows, pictures = load(work, made, device)
     policy = backbone.model
     layers = busy_lora(policy, RANK)
-    trained = [weight for layer in layers for weight in (layer.A, layer.B)]
+    trained = []
+    for layer in layers:
+        trained += [layer.A, layer.B]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
     noise = torch.Generator(device).manual_seed(0)
     lam = torch.linspace(0.5, 0.8, len(rows), device=device)
@@ -92,12 +94,10 @@ def ours(
         optimizer.step()
 
     def gradient() -> Tensor:
-        found = lora_layers(policy)
-        return torch.cat([
-            getattr(found[name], side).grad.flatten().cpu()
-            for name in sorted(found)
-            for side in "AB"
-        ])
+        grads = []
+        for _, layer in sorted(lora_layers(policy).items()):
+            grads += [layer.A.grad.flatten().cpu(), layer.B.grad.flatten().cpu()]
+        return torch.cat(grads)
 
     return Side(step, losses, gradient, lora_layers(policy))
 
@@ -137,9 +137,10 @@ def theirs(
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # what trainer.train() sets
     wrapped, optimizer = trainer.model, trainer.optimizer
-    sides = {name.removeprefix("base_model.model.").replace(".default.weight", ""): weight
-             # ...q_proj.lora_A
-             for name, weight in wrapped.named_parameters() if weight.requires_grad}
+    sides = {}  # ...q_proj.lora_A -> weight
+    for name, weight in wrapped.named_parameters():
+        if weight.requires_grad:
+            sides[name.removeprefix("base_model.model.").replace(".default.weight", "")] = weight
     for name, layer in (adapter or {}).items():
         with torch.no_grad():
             sides[f"{name}.lora_A"].copy_(layer.A)
@@ -150,11 +151,12 @@ def theirs(
         )
     # TRL tokenises a text data set beforehand, and a vision one in its collator
     if not work.vision:
-        names = (
-            "prompt_ids", "chosen_ids", "rejected_ids",
-            *(("ref_chosen_logps", "ref_rejected_logps") if cached else ()),
-        )
-        pairs = [{name: row[name] for name in names} for row in trainer.train_dataset]
+        names = ["prompt_ids", "chosen_ids", "rejected_ids"]
+        if cached:
+            names += ["ref_chosen_logps", "ref_rejected_logps"]
+        pairs = []
+        for row in trainer.train_dataset:
+            pairs.append({name: row[name] for name in names})
     batch = trainer.data_collator([dict(pair) for pair in pairs]) if prepared else None
     installed, losses = utils._use_triton, []
 

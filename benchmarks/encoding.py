@@ -3,16 +3,17 @@
     python benchmarks/encoding.py [--items N] [--pixels P] [--rounds R]
 
 CPU seconds on one thread, medians of interleaved rounds after a warm-up: tiny Qwen2.5-VL
-(hanorec.tiny), posters and titles of Posterland. Both sides must agree before any ratio is printed.
-The floor is what batches cannot spare (decoding and the image processor, or the tokenizer),
-measured alone in the same rounds, plus the FLOPs of the rest at the rate of a large matrix product.
+(`hanorec.studies.tiny`), posters and titles of Posterland. Both sides must agree before any ratio
+is printed. The floor is what batches cannot spare (decoding and the image processor, or the
+tokenizer), measured alone in the same rounds, plus the FLOPs of the rest at the rate of a large
+matrix product.
 The last table maps a feature file of MicroLens's size: 41,081 items of 64 tokens, width 2,048,
 bfloat16, 10.8 GB (sparse).
 """
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,9 +43,10 @@ from hanorec.studies.tiny import make_checkpoint
 
 
 def in_batches(do: Callable[[list], list], things: list, size: int) -> list:
-    return [
-        done for start in range(0, len(things), size) for done in do(things[start : start + size])
-    ]
+    done = []
+    for start in range(0, len(things), size):
+        done += do(things[start : start + size])
+    return done
 
 
 @torch.no_grad()
@@ -57,17 +59,17 @@ def embeddings_one_by_one(
     def pooled(ids: list[int], picture: ImageFeatures | None) -> Tensor:
         if form == "input":
             return mean_pool(embed(torch.tensor(ids)) if picture is None else picture.features)
-        positions = prompt_positions(backbone, ids, [] if picture is None else [picture.grid])[
-            :, None
-        ]
-        features = torch.zeros(0, backbone.width) if picture is None else picture.features
+        grids, features = [], torch.zeros(0, backbone.width)
+        if picture is not None:
+            grids, features = [picture.grid], picture.features
+        positions = prompt_positions(backbone, ids, grids)[:, None]
         return mean_pool(hidden_states(backbone, torch.tensor([ids]), positions, None, features)[0])
 
-    H = torch.stack([pooled(text_ids(backbone, title), None) for title in catalog.titles])
-    return H, torch.stack([
-        pooled([backbone.image_token] * len(picture.features), picture)
-        for picture in pictures.values()
-    ])
+    H = [pooled(text_ids(backbone, title), None) for title in catalog.titles]
+    X = []
+    for picture in pictures.values():
+        X.append(pooled([backbone.image_token] * len(picture.features), picture))
+    return torch.stack(H), torch.stack(X)
 
 
 def sides_of(backbone: Backbone, catalog: Catalog) -> dict[str, dict[str, Callable[[], object]]]:
@@ -104,6 +106,11 @@ def sides_of(backbone: Backbone, catalog: Catalog) -> dict[str, dict[str, Callab
     return found
 
 
+def numbers(found: Iterable[ImageFeatures | Tensor]) -> Tensor:
+    """All that a side has made, in one tensor."""
+    return torch.cat([getattr(one, "features", one) for one in found])
+
+
 def large(folder: Path) -> None:
     count, tokens, width = 41_081, 64, 2048
     stem, pictures, facts = folder / "features-large", [], {"dtype": "bfloat16"}
@@ -113,16 +120,18 @@ def large(folder: Path) -> None:
     start = now("cpu")
     memory = measure_memory(lambda: pictures.extend(open_features(stem, facts, width)), "cpu")
     seconds, some = now("cpu") - start, pictures[:: count // 1000]
-    # after a warm-up: no disk
-    read = interleaved({"read": lambda: [picture.features.clone() for picture in some]}, 3, "cpu")[
-        "read"
-    ]
+    read = read_seconds(lambda: some, 3)  # after a warm-up: no disk
     size = stem.with_suffix(".bin").stat().st_size / 1e9
     print(
         f"a file of {size:.1f} GB: mapped in {seconds:.2f} s and {memory:.0f} MB; {len(some)} of "
-        "its items copied out of the page cache "
-        f"in {read:.3f} s"
+        f"its items copied out of the page cache in {read:.3f} s"
     )
+
+
+def read_seconds(pictures: Callable[[], Iterable[ImageFeatures]], rounds: int) -> float:
+    """The median of getting the pictures and reading all that they hold."""
+    read = {"read": lambda: [picture.features.clone() for picture in pictures()]}
+    return interleaved(read, rounds, "cpu")["read"]
 
 
 def main() -> None:
@@ -165,14 +174,7 @@ def main() -> None:
         rate, table = gemm_rate("cpu"), []
         for name, three in sides.items():
             one, batches = three["one"](), three["batches"]()
-            agree(
-                name,
-                *(
-                    torch.cat([getattr(x, "features", x) for x in found])
-                    for found in (batches, one)
-                ),
-                1e-5,
-            )
+            agree(name, numbers(batches), numbers(one), 1e-5)
             with FlopCounterMode(display=False) as counter:
                 three["batches"]()
             s = interleaved(three, args.rounds, "cpu")
@@ -208,16 +210,12 @@ def main() -> None:
         start = now("cpu")
         stored_pictures(backbone, catalog, folder)
         first = now("cpu") - start
-        read = {
-            "read": lambda: [
-                picture.features.clone()
-                for picture in stored_pictures(backbone, catalog, folder).values()
-            ]
-        }
+        later = read_seconds(
+            lambda: stored_pictures(backbone, catalog, folder).values(), args.rounds
+        )
         print(
-            f"\nfeature file: the first run takes {first:.3f} s; a later one "
-            f"{interleaved(read, args.rounds, 'cpu')['read']:.3f} s "
-            "(hash tower and images, map, read every item)"
+            f"\nfeature file: the first run takes {first:.3f} s; a later one {later:.3f} s (hash "
+            "tower and images, map, read every item)"
         )
         large(folder)
 

@@ -17,6 +17,7 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from sizes import MICRO, MODELS, activations, in_layers
@@ -30,7 +31,9 @@ from transformers import (
 from hanorec.base.distributed import world_size
 from hanorec.base.files import claim_folder, read_object, write_json
 from hanorec.datasets.posterland import make_posterland, words
-from hanorec.studies import stages as demo
+from hanorec.mllm import builder
+from hanorec.run import run as training_run
+from hanorec.studies.scripts import script
 from hanorec.studies.tiny import make_checkpoint
 
 # published name, heads, vocabulary
@@ -46,8 +49,8 @@ FLAGS = [
 
 
 def make(size: str, out: Path) -> None:
-    """A checkpoint folder: tokenizer and template of hanorec.tiny, configuration and number of
-    weights of the published model.
+    """A checkpoint folder: tokenizer and template of `hanorec.studies.tiny`, configuration and
+    number of weights of the published model.
     """
     family = "qwen2_vl" if size == "2B" else "qwen2_5_vl"
     make_checkpoint(family, claim_folder(out), words())
@@ -98,11 +101,11 @@ def make(size: str, out: Path) -> None:
     print(f"wrote {out}")
 
 
-def measure(script: Any, argv: list[str]) -> tuple[float, float, int]:
+def measure(stage: str, argv: list[str]) -> tuple[float, float, int]:
     """(seconds a step, peak bytes of this process's GPU, tokens of the whole batch's rows) of a
     training script.
     """
-    times, tokens, log, collate = [], [0], script.append_log, script.collate
+    times, tokens, log, collate = [], [0], training_run.append_log, builder.collate
 
     def timed(path: Path, record: dict[str, Any]) -> None:
         log(path, record)
@@ -112,10 +115,13 @@ def measure(script: Any, argv: list[str]) -> tuple[float, float, int]:
         tokens[0] += sum(len(row.prompt) + sum(map(len, row.answers)) for row in rows)
         return collate(backbone, rows, *rest, **named)
 
-    script.append_log, script.collate = timed, counting
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    script.main(argv)
+    with (
+        mock.patch.object(training_run, "append_log", timed),
+        mock.patch.object(builder, "collate", counting),
+    ):
+        script(stage).main(argv)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return (
         (times[-1] - times[SKIPPED - 1]) / (len(times) - SKIPPED), peak,
@@ -145,7 +151,7 @@ def run(model: Path, out: Path, flags: list[str]) -> None:
             flush=True,
         )
     for stage, passes in (("train_sft", 4), ("train_dpo", 6)):
-        seconds, peak, tokens = measure(demo.script(stage), [*common, "--out", str(out / stage)])
+        seconds, peak, tokens = measure(stage, [*common, "--out", str(out / stage)])
         settings = read_object(out / stage / "run.json")["settings"]
         weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         weights -= 2 * in_layers(*shape) * (1 - 1 / world_size()) if settings["shard"] else 0

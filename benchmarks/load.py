@@ -42,13 +42,11 @@ def generate(folder: Path, items: int, users: int) -> None:
         "Rocket",
     ]
     ids = [str(i) for i in rng.permutation(items) + 10_000_000]
-    titles = (
-        f"{item},{' '.join(words[w] for w in three)} {n}\n"
-        for n, (item, three) in enumerate(
-            zip(ids, rng.integers(10, size=(items, 3)).tolist(), strict=True)
-        )
-    )
-    (folder / "Load_titles.csv").write_text("item,title\n" + "".join(titles), encoding="utf-8")
+    with open(folder / "Load_titles.csv", "w", encoding="utf-8") as file:
+        file.write("item,title\n")
+        for n, three in enumerate(rng.integers(10, size=(items, 3)).tolist()):
+            title = " ".join(words[w] for w in three)
+            file.write(f"{ids[n]},{title} {n}\n")
     (folder / "images").mkdir()
     for item in ids:
         (folder / "images" / f"{item}.jpg").touch()

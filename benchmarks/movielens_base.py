@@ -57,18 +57,14 @@ def main() -> None:
     for weight in trained:
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
-    plan = [
-        batch
-        for epoch in range(args.epochs)
-        for batch in global_batches(len(examples), BATCH, args.seed, epoch)
-    ]
+    plan = []
+    for epoch in range(args.epochs):
+        plan += global_batches(len(examples), BATCH, args.seed, epoch)
     bar = tqdm(plan, "base", disable=None)
     for step, batch in enumerate(bar):
         optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 50) * cosine(step, len(plan))
-        micro = collate(
-            backbone, [source.ranking_row(examples[i], [examples[i].target]) for i in batch],
-            source.pictures,
-        )
+        rows = [source.ranking_row(examples[i], [examples[i].target]) for i in batch]
+        micro = collate(backbone, rows, source.pictures)
         loss = sft_loss(forward(backbone, micro), micro.labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -6,14 +6,23 @@ Nothing here is measured but the CPU rates it names; GPU hours are operations ov
 language model's layers, T = tokens of a row, N = items, U = users, d = width.
 """
 
+import itertools
+from collections.abc import Callable
+
 from sizes import EPOCHS, MODELS, PATCHES, TARGETS, T, hours, in_layers
 
+Model = tuple[float, float, int, int, int, int]  # as in benchmarks/sizes.py
+
 # Qwen2.5-VL's published shapes
-MODELS = {"7B": MODELS["Qwen2.5-VL-7B"], "72B": (73.4e9, 0.70e9, 80, 8192, 1024, 29568)}
+MODELS: dict[str, Model] = {
+    "7B": MODELS["Qwen2.5-VL-7B"],
+    "72B": (73.4e9, 0.70e9, 80, 8192, 1024, 29568),
+}
 WORLDS = {
     "MicroLens": (25_411, 41_081), "1 M users, 1 M items": (1e6, 1e6),
     "1 B users, 100 M items": (1e9, 1e8),
 }
+CASES = list(itertools.product(WORLDS.items(), MODELS.items()))
 IMAGE_TOKENS, K, HISTORY, BRMRS_WIDTH = 64, 10, 100, 64
 # bytes: three positions as int64, a place in a list, and an integer of its own for the third of the
 # tokens that are text
@@ -30,86 +39,66 @@ def size(bytes_: float) -> str:
 
 
 def span(h: float) -> str:
-    return (
-        f"{3600 * h:.0f} s"
-        if h < 1 / 60
-        else f"{60 * h:.0f} min"
-        if h < 1
-        else f"{h:.1f} h"
-        if h < 48
-        else f"{h / 24:,.0f} d"
-        if h < 24 * 730
-        else f"{h / 24 / 365:,.0f} y"
-    )
+    if h < 1 / 60:
+        return f"{3600 * h:.0f} s"
+    if h < 1:
+        return f"{60 * h:.0f} min"
+    if h < 48:
+        return f"{h:.1f} h"
+    if h < 24 * 730:
+        return f"{h / 24:,.0f} d"
+    return f"{h / 24 / 365:,.0f} y"
+
+
+# Bytes by users, items and width.
+STORED: dict[str, Callable[[float, float, int], float]] = {
+    "image features, 64 tokens an image (file)": lambda u, n, d: n * IMAGE_TOKENS * d * 2,
+    "e, N x d float32 (every rank; 5 times that while H and X are fused, in the host's memory)":
+        lambda u, n, d: n * d * 4,
+    "neighbours, N x K (every rank)": lambda u, n, d: n * K * 12,
+    "interactions, 100 a user (every rank, as Python lists of 8 bytes)":
+        lambda u, n, d: u * HISTORY * 8,
+    "training rows, T tokens of 44 bytes, 3 a user (every rank)":
+        lambda u, n, d: u * TARGETS * T * TOKEN,
+    "candidate sets, 10 ids of 10 bytes, 190 in JSON (at most 1.07 GB)":
+        lambda u, n, d: u * 190,
+    "BR-MRS: tables of two modalities, Adam, best copy (every rank)":
+        lambda u, n, d: (u + n) * 2 * BRMRS_WIDTH * 4 * 4,
+}
+
+# Operations by users, items and a row of MODELS.
+WORK: dict[str, Callable[[float, float, Model], float]] = {
+    "encode the images": lambda u, n, s: 2 * s[1] * PATCHES * n,
+    "exact Top-K": lambda u, n, s: n * n * s[3],
+    "SFT": lambda u, n, s: 4 * in_layers(*s[2:]) * T * u * TARGETS,
+    "reference, once": lambda u, n, s: 2 * in_layers(*s[2:]) * T * u * TARGETS,
+    "DPO": lambda u, n, s: 6 * in_layers(*s[2:]) * T * u * TARGETS,
+    "rank 10 candidates for every user": lambda u, n, s: 2 * in_layers(*s[2:]) * T * u,
+}
+
+
+def head(*first: str) -> None:
+    """The head of a table: a nameless column, these, then one for each world and model."""
+    columns = [*first, *(f"{world}, {model}" for (world, _), (model, _) in CASES)]
+    print("| | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
+
+
+def line(*cells: str) -> None:
+    print("| " + " | ".join(cells) + " |")
 
 
 def main() -> None:
     print("What is stored\n")
-    print(
-        "| | "
-        + " | ".join(f"{w}, {m}" for w in WORLDS for m in MODELS)
-        + " |\n"
-        + "|---" * (1 + len(WORLDS) * len(MODELS))
-        + "|"
-    )
-    stored = {
-        "image features, 64 tokens an image (file)": lambda u, n, d: n * IMAGE_TOKENS * d * 2,
-        (
-            "e, N x d float32 (every rank; 5 times that while H and X are fused, in the host's "
-            "memory)"
-        ): lambda u, n, d: n * d * 4,
-        "neighbours, N x K (every rank)": lambda u, n, d: n * K * 12,
-        "interactions, 100 a user (every rank, as Python lists of 8 bytes)": lambda u, n, d: (
-            u * HISTORY * 8
-        ),
-        "training rows, T tokens of 44 bytes, 3 a user (every rank)": lambda u, n, d: (
-            u * TARGETS * T * TOKEN
-        ),
-        "candidate sets, 10 ids of 10 bytes, 190 in JSON (at most 1.07 GB)": lambda u, n, d: (
-            u * 190
-        ),
-        "BR-MRS: tables of two modalities, Adam, best copy (every rank)": lambda u, n, d: (
-            (u + n) * 2 * BRMRS_WIDTH * 4 * 4
-        ),
-    }
-    for name, need in stored.items():
-        print(
-            f"| {name} | "
-            + " | ".join(
-                size(need(*world, shape[3]))
-                for world in WORLDS.values()
-                for shape in MODELS.values()
-            )
-            + " |"
-        )
+    head()
+    for name, need in STORED.items():
+        line(name, *(size(need(*world, shape[3])) for (_, world), (_, shape) in CASES))
 
     print("\nHours on H100s at 40% (one epoch of SFT and DPO; 3 rows a user)\n")
-    print(
-        "| | GPUs | "
-        + " | ".join(f"{w}, {m}" for w in WORLDS for m in MODELS)
-        + " |\n"
-        + "|---" * (2 + len(WORLDS) * len(MODELS))
-        + "|"
-    )
-    work = {
-        "encode the images": lambda u, n, s: 2 * s[1] * PATCHES * n,
-        "exact Top-K": lambda u, n, s: n * n * s[3],
-        "SFT": lambda u, n, s: 4 * in_layers(*s[2:]) * T * u * TARGETS,
-        "reference, once": lambda u, n, s: 2 * in_layers(*s[2:]) * T * u * TARGETS,
-        "DPO": lambda u, n, s: 6 * in_layers(*s[2:]) * T * u * TARGETS,
-        "rank 10 candidates for every user": lambda u, n, s: 2 * in_layers(*s[2:]) * T * u,
-    }
-    for name, flops in work.items():
+    head("GPUs")
+    for name, flops in WORK.items():
+        needed = [hours(flops(*world, shape)) for (_, world), (_, shape) in CASES]
         for gpus in (8, 64, 512):
-            print(
-                f"| {name} | {gpus} | "
-                + " | ".join(
-                    span(hours(flops(*world, shape)) / gpus)
-                    for world in WORLDS.values()
-                    for shape in MODELS.values()
-                )
-                + " |"
-            )
+            line(name, str(gpus), *(span(h / gpus) for h in needed))
 
     print("\nA step of 32 rows and what its processes say to each other\n")
     print(
@@ -118,14 +107,17 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for name, (total, _, layers, width, kv, mlp) in MODELS.items():
+        weights = in_layers(layers, width, kv, mlp)
         adapter = 4 * layers * RANK * (2 * 2 * width + 2 * (width + kv) + 3 * (width + mlp))
-        base = 2 * in_layers(layers, width, kv, mlp)
-        whole = 2 * (total - in_layers(layers, width, kv, mlp))
-        print(
-            f"| {name} | {size(adapter)} | {1000 * 2 * adapter / LINK:.0f} ms | {size(2 * total)} "
-            f"| {size(whole + base / 8)}, {size(whole + base / 64)} | "
-            f"{size(2 * base)} in {2 * base / LINK:.1f} s | "
-            f"{hours(4 * in_layers(layers, width, kv, mlp) * T) * 3600:.2f} s |"
+        base, whole = 2 * weights, 2 * (total - weights)
+        line(
+            name,
+            size(adapter),
+            f"{1000 * 2 * adapter / LINK:.0f} ms",
+            size(2 * total),
+            f"{size(whole + base / 8)}, {size(whole + base / 64)}",
+            f"{size(2 * base)} in {2 * base / LINK:.1f} s",
+            f"{hours(4 * weights * T) * 3600:.2f} s",
         )
     print(f"\n{EPOCHS} epochs are the release's; the table's hours are for one.")
 

@@ -7,13 +7,16 @@ up: the curve is flat if its slope is within its own scatter.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hanorec.base.command import run
 from hanorec.base.files import claim_folder
 from hanorec.datasets.posterland import make_posterland
-from hanorec.studies.stages import BASE, script
+from hanorec.run import run as training_run
+from hanorec.studies.scripts import script
+from hanorec.studies.stages import BASE
 
 PAGE, WARM = 4096, 20
 
@@ -32,10 +35,14 @@ def main() -> None:
     args = parser.parse_args()
     out = claim_folder(args.out)
     make_posterland(out / "data", users=args.steps * 8)
-    train_dpo, memory = script("train_dpo"), []
-    write = train_dpo.append_log
-    train_dpo.append_log = lambda path, record: (write(path, record), memory.append(resident()))
-    train_dpo.main([
+    memory, write = [], training_run.append_log
+
+    def noted(path: Path, record: dict[str, Any]) -> None:
+        write(path, record)
+        memory.append(resident())
+
+    training_run.append_log = noted
+    script("train_dpo").main([
         "--model", str(BASE), "--data", str(out / "data"), "--out", str(out / "run"),
         "--micro-batch", "4", "--accumulation", "2", "--targets-per-user", "1", "--epochs", "1",
         "--save-every", "10",

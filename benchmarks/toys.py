@@ -65,11 +65,9 @@ class Work:
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    words = {
-        word: i
-        for i, word in enumerate(SPECIAL + [f"w{i}" for i in range(len(SPECIAL), vocabulary)])
-    }
-    bare = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    words = SPECIAL + [f"w{i}" for i in range(len(SPECIAL), vocabulary)]
+    ids = {word: i for i, word in enumerate(words)}
+    bare = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bare.add_special_tokens(SPECIAL)
     return PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="<eos>")
@@ -141,26 +139,21 @@ def examples(work: Work, lengths: list[int] | None = None) -> list[Example]:
     for _ in range(work.prompts):
         sizes = [text // (images + 1)] * images  # words before each image; the rest comes last
         prompt = " ".join([*(f"{words(n)} {IMAGE}" for n in sizes), words(text - sum(sizes))])
-        made.append(
-            Example(
-                prompt, [f" {words(n - 1)}<eos>" for n in lengths or [12, 12]],
-                [
-                    Image.fromarray(draw.integers(0, 256, (EDGE, EDGE, 3), dtype=np.uint8))
-                    for _ in range(images)
-                ],
-            )
-        )
+        answers = [f" {words(n - 1)}<eos>" for n in lengths or [12, 12]]
+        shown = []
+        for _ in range(images):
+            pixels = draw.integers(0, 256, (EDGE, EDGE, 3), dtype=np.uint8)
+            shown.append(Image.fromarray(pixels))
+        made.append(Example(prompt, answers, shown))
     return made
 
 
 def encode(backbone: Backbone, made: list[Example]) -> dict[int, ImageFeatures]:
     """Features of every image, numbered through, a prompt's images in one batch."""
-    found = [
-        picture
-        for example in made
-        if example.images
-        for picture in image_features(backbone, example.images)
-    ]
+    found = []
+    for example in made:
+        if example.images:
+            found += image_features(backbone, example.images)
     return dict(enumerate(found))
 
 
@@ -183,16 +176,13 @@ def load(
         images = [n * IMAGES + i for i in range(len(example.images))]
         ids = []
         for token in backbone.tokenizer.encode(example.prompt):
-            ids += [token] * (
-                len(pictures[images[0]].features) if images and token == backbone.image_token else 1
-            )
+            if images and token == backbone.image_token:
+                ids += [token] * len(pictures[images[0]].features)
+            else:
+                ids.append(token)
         positions = prompt_positions(backbone, ids, [pictures[i].grid for i in images])
-        rows.append(
-            Row(
-                f"user {n}", ids, positions, images,
-                [backbone.tokenizer.encode(answer) for answer in example.answers],
-            )
-        )
+        answers = [backbone.tokenizer.encode(answer) for answer in example.answers]
+        rows.append(Row(f"user {n}", ids, positions, images, answers))
     return backbone, rows, pictures
 
 

@@ -23,7 +23,8 @@ from hanorec.lora.loading import attach_adapter, attach_policy
 from hanorec.lora.merge import collapse_adapters, merge_adapters
 from hanorec.mllm.backbone import Backbone
 from hanorec.mllm.load import load_backbone
-from hanorec.run.record import write_run
+from hanorec.run.inputs import check_named_adapter
+from hanorec.run.record import close_run
 
 COPIED = (".json", ".jinja", ".txt", ".model")  # of a checkpoint, beside its weights
 
@@ -71,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="of a merged model; auto: as the checkpoint says; each sum is computed in float32")
     args = parser.parse_args(argv)
 
+    for directory in args.adapter:
+        check_named_adapter("--adapter", directory)
+    out = claim_folder(args.out)
     dtype = args.dtype if args.dtype != "auto" else checkpoint_dtype(args.model)
     no_limit = 10**9  # a real one would be saved into the config
     backbone = load_backbone(args.model, dtype, "cpu", max_pixels=no_limit)
@@ -80,7 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for directory in args.adapter:
             attach_adapter(backbone.model, directory)
 
-    out = claim_folder(args.out)
     if args.merge:
         merge_adapters(backbone.model)
         backbone.model.save_pretrained(out)
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         collapse_adapters(backbone.model)
         save_adapter(backbone.model, out, args.model, stage="export", stack=args.adapter)
-    write_run(out, [], arguments=vars(args))
+    close_run(out, [], {}, arguments=vars(args))
     print(f"wrote {'the merged model' if args.merge else 'one adapter'} to {out}")
 
 

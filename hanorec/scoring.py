@@ -12,7 +12,7 @@ from hanorec.losses import token_log_probs
 
 
 class PackedAnswers(Protocol):
-    """Where the answers of a batch stand; mllm/prompts.py packs [prompt | answer | answer ...]."""
+    """Where the answers of a batch stand; mllm/collate.py packs [prompt | answer | answer ...]."""
 
     row: Tensor  # (M,) row of each answer token
     query: Tensor  # (M,) which of the row's logits predicts it

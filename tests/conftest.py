@@ -5,6 +5,7 @@ catalogue with odd images.
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
 import toy
+from float64 import in_float64
 from PIL import Image
 
 from hanorec.datasets.catalog import load_catalog
@@ -109,14 +111,14 @@ def gallery(checkpoints, catalog):
 @pytest.fixture(scope="session")
 def launch(data, checkpoints, tmp_path_factory):
     """launch(main, *flags) -> (output folder, log, run.json) of a training script on the tiny
-    Qwen2.5-VL and Posterland.
+    Qwen2.5-VL and Posterland; float64=True computes in float64.
     """
-    def start(main, *flags):
+    def start(main, *flags, float64=False):
         out = tmp_path_factory.mktemp("run") / "out"
-        main([
-            "--model", str(checkpoints["qwen2_5_vl"]), "--data", str(data), "--out", str(out),
-            *toy.SHORT, *map(str, flags),
-        ])
+        argv = ["--model", checkpoints["qwen2_5_vl"], "--data", data, "--out", out, *toy.SHORT]
+        argv = [str(word) for word in [*argv, *flags]]
+        with in_float64() if float64 else nullcontext():
+            main(argv)
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return out, log, json.loads((out / "run.json").read_text())
 

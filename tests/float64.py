@@ -5,18 +5,31 @@ kernels, and Adam's quotient m / sqrt v makes a whole step of it where a gradien
 nothing. In float64 runs that compute the same are 1e-15 apart on any machine.
 """
 
+from contextlib import contextmanager
 from dataclasses import replace
 
+import pytest
 import torch
+from processes import run_script
 
 import evaluate
 from hanorec.run import ranking_run, run
 
 
+cast = torch.Tensor.to
+
+
+def never_to_float32(tensor, *arguments, **named):
+    """`torch.Tensor.to`, but that float64 stays float64."""
+    to_float32 = any(x is torch.float32 for x in (*arguments, *named.values()))
+    if to_float32 and tensor.dtype == torch.float64:
+        return tensor
+    return cast(tensor, *arguments, **named)
+
+
+@contextmanager
 def in_float64():
-    """In a child: from here on all scripts compute in float64."""
-    torch.set_default_dtype(torch.float64)
-    torch.Tensor.float = torch.Tensor.double  # what asks for at least float32 loses no digit
+    """All scripts that are run inside compute in float64."""
     load_backbone, run_data = run.load_backbone, ranking_run.run_data
 
     def load_in_float64(path, dtype, *rest):
@@ -26,5 +39,21 @@ def in_float64():
         data = run_data(*arguments)
         return replace(data, features={m: x.double() for m, x in data.features.items()})
 
-    run.load_backbone = evaluate.load_backbone = load_in_float64
-    ranking_run.run_data = data_in_float64
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_backbone", load_in_float64)
+        patch.setattr(evaluate, "load_backbone", load_in_float64)
+        patch.setattr(ranking_run, "run_data", data_in_float64)
+        # what asks for float32, as the norms of transformers do, loses no digit
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        patch.setattr(torch.Tensor, "to", never_to_float32)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def run_in_float64(name, argv, *changes):
+    """In a child: `run_script`."""
+    with in_float64():
+        run_script(name, argv, *changes)

@@ -61,7 +61,10 @@ def average(values):
 
 def rms(matrix):
     """Root of the mean square of all entries of a matrix."""
-    return math.sqrt(average([float(v) ** 2 for row in matrix for v in row]))
+    squares = []
+    for row in matrix:
+        squares += [float(v) ** 2 for v in row]
+    return math.sqrt(average(squares))
 
 
 # ------------------------------------------------------------------------------ losses: SFT and DPO
@@ -134,9 +137,8 @@ def item_embedding(rows):
     """Oracle of HN-1, default: the mean of the rows (tokens, d) of one title, or of one image ->
     (d,).
     """
-    return np.array(
-        [average([row[j] for row in rows]) for j in range(len(rows[0]))], dtype=np.float64
-    )
+    columns = zip(*rows, strict=True)
+    return np.array([average(column) for column in columns], dtype=np.float64)
 
 
 # ----------------------------------------------------------------------- HaRS: embeddings, clusters
@@ -402,7 +404,10 @@ def binary_auc(scores_pos, scores_neg):
     """Oracle of EV-3 on the binary task: the pairwise share over all (positive, negative) pairs of
     rows.
     """
-    return average([pairwise_credit(p, q) for p in scores_pos for q in scores_neg])
+    credits = []
+    for p in scores_pos:
+        credits += [pairwise_credit(p, q) for q in scores_neg]
+    return average(credits)
 
 
 def similarity_groups(before, after, groups=10):
@@ -428,7 +433,8 @@ def free_items(positives, n_items):
     """Oracle of BR-1, what may be drawn: the items that are not among the user's positives, in
     order of id.
     """
-    return [j for j in range(n_items) if j not in {int(p) for p in positives}]
+    taken = set(map(int, positives))
+    return [j for j in range(n_items) if j not in taken]
 
 
 def draw_by_rejection(positives, n_items, n, random):
@@ -500,27 +506,31 @@ def normalised_adjacency(edges, n):
         A[i][j] += weight
         A[j][i] += weight
     sums = [math.fsum(row) for row in A]
-    return np.array([
-        [A[i][j] / math.sqrt(sums[i] * sums[j]) if A[i][j] else 0.0 for j in range(n)]
-        for i in range(n)
-    ])
+    normalised = np.zeros((n, n))
+    for i in range(n):
+        for j in range(n):
+            if A[i][j]:
+                normalised[i][j] = A[i][j] / math.sqrt(sums[i] * sums[j])
+    return normalised
 
 
 def interaction_graph(pairs, n_users, n_items):
     """The user-item graph of LightGCN: one edge for each distinct pair (u, i), at u and n_users +
     i.
     """
-    return normalised_adjacency(
-        [(int(u), n_users + int(i), 1.0) for u, i in sorted({(int(u), int(i)) for u, i in pairs})],
-        n_users + n_items,
-    )
+    distinct = sorted({(int(u), int(i)) for u, i in pairs})
+    edges = [(u, n_users + i, 1.0) for u, i in distinct]
+    return normalised_adjacency(edges, n_users + n_items)
 
 
 def lightgcn(A, x, layers):
     """Mean over l = 0 .. L of A^l x."""
     layer, total = np.array(x, dtype=np.float64), np.array(x, dtype=np.float64)
     for _ in range(layers):
-        layer = np.array([[dot(row, column) for column in layer.T] for row in A])
+        rows = []
+        for row in A:
+            rows.append([dot(row, column) for column in layer.T])
+        layer = np.array(rows)
         total = total + layer
     return total / (layers + 1)
 

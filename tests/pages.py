@@ -31,8 +31,10 @@ SETTINGS = {
     "train_brmrs.py": [BrmrsFiles, BrmrsConfig],
 }
 FENCED = re.compile(r"^```\w*\n.*?^```$", re.MULTILINE | re.DOTALL)
-BLOCK = re.compile(r"^```\n(.*?)^```$|^    (\S.*\n)", re.MULTILINE | re.DOTALL)
-PATH = re.compile(r"(?<![\w/.-])(?:(?:docs|tests|benchmarks|hanorec)/[\w./*-]+|\w+\.py\b)(?:::\w+)?")
+BLOCK = re.compile(r"^```\n(.*?)^```$|^    (\S[^\n]*\n)", re.MULTILINE | re.DOTALL)
+PATH = re.compile(
+    r"(?<![\w/.-])(?:(?:docs|tests|benchmarks|hanorec)/[\w./*-]+|\w+\.py\b)(?:::\w+)?"
+)
 NAME = re.compile(r"(?<![\w/.-])hanorec(?:\.\w+)+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 MOST_TO_READ = 700
@@ -44,12 +46,15 @@ def spans(text):
 
 
 def in_blocks(text):
-    """The commands of the code blocks, comments left out and continued lines joined."""
+    """The commands of the code blocks, comments left out and continued lines joined.
+
+    The path of a reader, files with arrows between them, is none: see `wrong_reading`.
+    """
     code = "".join(a or b for a, b in BLOCK.findall(text))
     code = re.sub(r"[ \t]#.*", "", code)
     code = re.sub(r"(?: \\)?\n[ \t]+| \\\n", " ", code)
     lines = " && ".join(code.splitlines()).split("&&")
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in lines if line.strip() and " -> " not in line]
 
 
 def commands(text):
@@ -81,6 +86,11 @@ def flags_of_script(path):
     return own | flags_of_script("train_sft.py") if path == "benchmarks/gpu.py" else own
 
 
+def unknown(words, known):
+    """The flags among the words of a command that are not known."""
+    return [word for word in words if FLAG.fullmatch(word) and word not in known]
+
+
 def wrong_with_module(module, words):
     """What is wrong with `python -m MODULE WORDS`."""
     if module.startswith("hanorec.scripts."):  # in an installed package alone
@@ -91,16 +101,14 @@ def wrong_with_module(module, words):
     # A part of a command, such as `audit eta`: the positional argument that has choices.
     parts = re.search(r"\] \{([\w,]+)\}", about)
     wrong = [f"{module} {words[0]}"] if parts and words[0] not in parts[1].split(",") else []
-    known = set(FLAG.findall(about))
-    return wrong + [f"{module} {word}" for word in words if FLAG.match(word) and word not in known]
+    return wrong + [f"{module} {flag}" for flag in unknown(words, set(FLAG.findall(about)))]
 
 
 def wrong_with_script(path, words):
     """What is wrong with `python PATH WORDS`."""
     if not (ROOT / path).exists():
         return [f"no file {path}"]
-    known = flags_of_script(path)
-    return [f"{path} {word}" for word in words if FLAG.match(word) and word not in known]
+    return [f"{path} {flag}" for flag in unknown(words, flags_of_script(path))]
 
 
 def wrong_commands(text):
@@ -109,8 +117,8 @@ def wrong_commands(text):
     for command in commands(text):
         words = shlex.split(command.replace("[", "").replace("]", ""))
         if words[1] != "-m":
-            files = [number for number, word in enumerate(words) if word.endswith(".py")]
-            wrong += wrong_with_script(words[files[0]], words[files[0] + 1 :])
+            files = [word for word in words if word.endswith(".py")] or words[1:]
+            wrong += wrong_with_script(files[0], words[words.index(files[0]) + 1 :])
         elif not words[2].endswith("..."):
             name, _, several = words[2].rstrip("}").partition("{")
             for ending in several.split(","):
@@ -123,8 +131,6 @@ def wrong_paths(text, folder=ROOT):
     that are not in their file."""
     wrong = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (folder / link).exists()]
     for code in [*spans(text), *in_blocks(text)]:
-        if " -> " in code:  # the reader's path; see `wrong_reading`
-            continue
         for word in PATH.findall(code):
             path, _, name = word.partition("::")
             found = list(ROOT.glob(path.rstrip("/.")))
@@ -134,15 +140,16 @@ def wrong_paths(text, folder=ROOT):
 
 
 def wrong_names(text):
-    """Dotted names in backticks that lead from `hanorec` to nothing, and flags that nobody takes."""
+    """Dotted names that lead from `hanorec` to nothing, and flags that nobody takes."""
     known = {f"--{flag}" for flag in HOUSE.flags} | {"--help", "--nproc-per-node"}
+    known |= set(FLAG.findall(help_of("hanorec.studies.ablation")))  # makes some of its flags
     for path in ROOT.glob("benchmarks/*.py"):
         known |= flags_of_script(f"benchmarks/{path.name}")
     wrong = []
     for span in spans(text):
         names = [] if span.startswith("python ") else NAME.findall(span)
         wrong += [name for name in names if not HOUSE.leads_somewhere(name)]
-        wrong += [flag for flag in FLAG.findall(span) if flag not in known]
+        wrong += unknown(FLAG.findall(span), known)
     return wrong
 
 

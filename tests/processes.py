@@ -59,15 +59,19 @@ def _child(output, work, *arguments):
 
 
 def in_a_child(work, *arguments, kill_after=None):
-    """Run `work(*arguments)` in a child, killed with SIGKILL if it runs on after so many seconds.
+    """Run `work(*arguments)` in a child, killed with SIGKILL after so many seconds.
 
-    Returns its exit status: 0, 1 for an exception, -9, or what it passed to os._exit.
+    Returns its exit status: 0, 1 for an exception, -9, or what it passed to os._exit. What it has
+    printed goes to stderr if that is not 0, where pytest shows it.
     """
-    child = start(os.devnull, work, *arguments)
-    child.join(kill_after)
-    if child.exitcode is None:
-        child.kill()
-        child.join()
+    with tempfile.NamedTemporaryFile("r") as output:
+        child = start(output.name, work, *arguments)
+        child.join(kill_after)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+        if child.exitcode != 0:
+            sys.stderr.write(output.read())
     return child.exitcode
 
 

@@ -239,7 +239,7 @@ CORPUS = [
     ("model: another family", put(CONFIG, '{"model_type": "llama"}'), "sft",
      ["model", "qwen2_vl", "expected a local folder"]),
     ("model: config of nothing", put(CONFIG, "[]"), "sft",
-     ["model", "model_type", "expected a local folder"]),
+     ["model", "cannot be loaded", "expected a local folder"]),
     ("model: config deep", put(CONFIG, DEEP), "sft",
      ["model", "RecursionError", "expected a local folder"]),
     ("model: config deep, on its way out", put(CONFIG, DEEP), "export --merge",

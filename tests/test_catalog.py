@@ -47,6 +47,50 @@ def test_reads_bom_crlf_quotes_and_images(tmp_path):
     assert (items.name, items.covers) == ("Toy", "real")
 
 
+def test_titles_are_the_text_they_are_in_one_spelling(tmp_path):
+    """"nan" and "NA" are titles; two spellings of one text are one text; other letters stay."""
+    rows = ["nan", "NA", "None", "Café", "Cafe\u0301", "ﬁn", "②", "\u00a0A\u200d"]
+    titles(tmp_path, "item,title\n" + "".join(f"{n},{row}\n" for n, row in enumerate(rows)))
+    found = load_catalog(tmp_path).titles
+    assert found == ("nan", "NA", "None", "Café", "Café", "ﬁn", "②", "A\u200d")
+    assert rows[3] != rows[4]
+
+
+def test_images_that_are_not_read_are_told(tmp_path, capsys):
+    """Other kinds of images, images without a suffix, and images of no item are counted and named;
+    what is no image is not.
+    """
+    titles(tmp_path, "item,title\n1,A\n2,B\n3,C\n4,D\n")
+    folder = tmp_path / "images"
+    picture(folder / "1.png")
+    load_catalog(tmp_path)
+    assert capsys.readouterr().out == ""
+    for name in ("2.gif", "3.TIFF", "4", "9.bmp", "notes.txt", ".DS_Store", "1.json"):
+        (folder / name).write_bytes(b"x")
+    picture(folder / "0001.png")
+    assert [path and path.name for path in load_catalog(tmp_path).images] == [
+        "1.png", None, None, None
+    ]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == (
+        f"note: 4 files in {folder} are ignored, no JPEG, PNG or WebP by their names; convert them: "
+        "'2.gif', '3.TIFF', '4', ..."
+    )
+    assert second == (
+        f"note: 1 files in {folder} are ignored, of no item in the titles file: '0001.png'"
+    )
+
+
+def test_an_image_is_found_in_either_spelling_of_its_id(tmp_path):
+    """Some file systems spell an accent apart; two files for one id are still an error."""
+    titles(tmp_path, "item,title\nété,A\n")
+    picture(tmp_path / "images" / "e\u0301te\u0301.png")
+    (found,) = load_catalog(tmp_path).images
+    assert found.name == "e\u0301te\u0301.png"
+    picture(tmp_path / "images" / "été.jpg")
+    assert "one an item" in message(load_catalog, tmp_path)
+
+
 def test_dataset_json_and_its_absence(tmp_path):
     titles(tmp_path, "item,title\n1,A\n")
     assert (load_catalog(tmp_path).name, load_catalog(tmp_path).covers) == ("Toy", "none")
@@ -71,6 +115,10 @@ def test_dataset_json_and_its_absence(tmp_path):
         ("item,title\n1,A\n2,B, C\n", [":3:", "3 fields", "expected 2", "double quotes"]),
         ("item,title\n1,A\n\n2,B\n", [":3:", "0 fields", "expected 2"]),
         ("item,title\n1,A\n2,B\0C\n", [":3:", "NUL", "remove"]),
+        ("item,title\n1,A\n2,A\x9b2JB\n", [":3:", r"'\x9b'", "position 4", "remove"]),
+        ("item,title\n1,A\x85\n", [":2:", r"'\x85'", "position 4", "remove"]),
+        ("item,title\n1,A\u2028B\n", [":2:", r"'\u2028'", "position 4"]),
+        ("item,title\n1,A\u2029\n", [":2:", r"'\u2029'", "position 4"]),
         (b"item,title\n1,A\n2,Caf\xe9\n", [":3:", "0xe9", "position 6", "utf-8"]),
         ('item,title\n1,A\n2,"B\n3,C\n4,"D"\n', [":3:", "not csv", "close the quotes"]),
         ('item,title\n1,A\n2,"B\nC"\n', [":3:", "line 4", "remove the break"]),

@@ -143,6 +143,79 @@ def test_movielens_100k_bom_and_crlf(tmp_path):
     assert movielens.read_movies_100k(raw / "u.item")[1] == {"5": ["Comedy", "Drama"]}
 
 
+FLAGS_OF = "|".join(["0"] * 19)
+SAVED = {  # file -> its text
+    "movies.dat": MOVIES,
+    "u.item": f"5|Misérables, Les (1995)|01-Jan-1990||http://x|{FLAGS_OF}\n",
+    "movie_titles.csv": "5,1995,Misérables, Les (1995)\n2,NULL,Über uns\n",
+}
+
+
+def titles_of(name, path):
+    """By the converter's own reader."""
+    if name == "movie_titles.csv":
+        return netflix.read_titles(path)[0]
+    reader = movielens.read_movies_1m if name == "movies.dat" else movielens.read_movies_100k
+    return reader(path)[0]
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [("iso-8859-1", "ISO-8859-1"), ("utf-8", "UTF-8"), ("utf-8-sig", "UTF-8")],
+)
+def test_published_or_saved_again(tmp_path, capsys, name, encoding, said):
+    """ISO-8859-1 as it was published, UTF-8 with and without a BOM: the same titles, and said."""
+    path = tmp_path / name
+    path.write_bytes(SAVED[name].encode(encoding))
+    assert "Misérables, Les (1995)" in titles_of(name, path).values()
+    assert capsys.readouterr().out == f"{name}: text beyond ASCII is read as {said}\n"
+    # control: one encoding for all of them is wrong for one of them
+    wrong = SAVED[name].encode("utf-8").decode("iso-8859-1")
+    assert "MisÃ©rables" in wrong and wrong not in SAVED[name]
+
+
+def test_an_encoding_is_that_of_the_whole_file(tmp_path, capsys):
+    """ASCII says nothing; a file with bytes of both is ISO-8859-1 and told; what has a BOM is UTF-8,
+    so another byte in it is an error.
+    """
+    path = tmp_path / "movies.dat"
+    path.write_bytes(b"1::Heat::War\n")
+    assert titles_of("movies.dat", path) == {"1": "Heat"} and capsys.readouterr().out == ""
+    both = "1::Café::War\n".encode() + "2::Über::War\n".encode("latin-1")
+    path.write_bytes(both)
+    assert titles_of("movies.dat", path) == {"1": "CafÃ©", "2": "Über"}
+    said = capsys.readouterr().out
+    assert "read as ISO-8859-1" in said and "1 of the 2 lines beyond ASCII" in said
+    path.write_bytes(b"\xef\xbb\xbf" + both)
+    with pytest.raises(InputError, match="movies.dat:2: byte 0xdc .* is not utf-8; save the file"):
+        titles_of("movies.dat", path)
+
+
+def test_bytes_that_are_control_codes_are_refused(tmp_path):
+    """Windows-1252 puts quotes where ISO-8859-1 has C1 codes, which are no text."""
+    path = tmp_path / "movies.dat"
+    path.write_bytes("1::The Devil’s Own::War\n2::Café::War\n".encode("cp1252"))
+    with pytest.raises(InputError, match=r"movies.dat:1: control character '\\x92' at position 13"):
+        titles_of("movies.dat", path)
+
+
+@pytest.mark.parametrize("sign", ["tags.dat", "half stars", "a large id"])
+def test_movielens_10m_by_what_is_in_the_folder(raw_1m, sign):
+    """It has the file names of 1M. Without any of the signs the folder is 1M."""
+    assert facts(convert(movielens, raw_1m))["name"] == "MovieLens-1M"
+    (raw_1m.parent / "out").rename(raw_1m.parent / "kept")
+    if sign == "tags.dat":
+        write(raw_1m, tags__dat="9::4::good::50\n")
+    elif sign == "half stars":
+        write(raw_1m, ratings__dat=RATINGS.replace("9::4::5::", "9::4::4.5::"))
+    else:
+        write(raw_1m, movies__dat=(MOVIES + "65133::Blackadder::Comedy\n").encode())
+    found = facts(convert(movielens, raw_1m))
+    assert found["name"] == found["source"]["format"] == "MovieLens-10M"
+    assert (raw_1m.parent / "out" / "MovieLens-10M_titles.csv").exists()
+
+
 def test_movielens_needs_one_of_the_two(raw_1m, tmp_path):
     assert "neither ratings.dat nor u.data" in message(movielens, write(tmp_path / "empty"))
     write(raw_1m, u__data="")
@@ -259,6 +332,24 @@ def test_recbole(tmp_path):
     assert "--genre-field" in message(recbole, raw, "--genre-field", "x", "--draw-covers")
 
 
+def test_recbole_quoted(tmp_path, capsys):
+    """As pandas writes a tab-separated file: fields that hold a quote are quoted. Ids that are
+    quoted in both files are one.
+    """
+    item = 'item_id:token\ttitle:token_seq\n"a"\t"He said ""no"""\n"b"\t"Heat"\n"c"\t"nan"\n'
+    inter = INTER.replace("\ta\t", '\t"a"\t').replace("u\tb", '"u"\tb')
+    raw = write(tmp_path / "raw", ml__inter=inter, ml__item=item)
+    out = convert(recbole, raw)
+    assert read_titles(out) == {"a": 'He said "no"', "b": "Heat", "c": "nan"}
+    assert sequences(out) == {"u": ("b", "c", "a")}
+    said = capsys.readouterr().out
+    assert "read ml.item (quoted as csv)" in said and "read ml.inter (quoted as csv)" in said
+    (tmp_path / "out").rename(tmp_path / "kept")
+    write(raw, ml__item=ITEM, ml__inter=INTER)
+    convert(recbole, raw)
+    assert "read ml.item (not quoted)" in capsys.readouterr().out
+
+
 def test_recbole_refusals(tmp_path):
     raw = write(tmp_path / "raw", ml__inter=INTER + "u\ta\n", ml__item=ITEM)
     text = message(recbole, raw)
@@ -290,6 +381,32 @@ def test_microlens_csv_with_and_without_header(tmp_path):
     out = convert(microlens, raw)
     assert read_titles(out) == {"10": "One", "20": "B", "30": "C"}
     assert facts(out)["source"]["titles_header"] is False
+
+
+def test_microlens_quoted(tmp_path, capsys):
+    """As MicroLens-50k is: titles with commas are quoted, quotes in them doubled."""
+    table = (
+        'item,title\r\n10,"A dish, with chili"\r\n20,"""Two"" days\r\nlater"\r\n30,nan\r\n'
+    )
+    raw = write(tmp_path / "raw", **{"ML-50k_pairs__csv": PAIRS, "ML-50k_titles__csv": table})
+    out = convert(microlens, raw)
+    expected = {"10": "A dish, with chili", "20": '"Two" days later', "30": "nan"}
+    assert read_titles(out) == expected
+    assert load_catalog(out).titles == tuple(expected.values())
+    assert facts(out)["source"]["titles_quoted"] is True
+    assert "(with a header, quoted as csv)" in capsys.readouterr().out
+    (tmp_path / "out").rename(tmp_path / "kept")
+    pairs = PAIRS.replace("1,10,1600000000300", '"1","10","1600000000300"')
+    write(raw, **{"ML-50k_titles__csv": "10,A, B\n20,C\n30,D\n", "ML-50k_pairs__csv": pairs})
+    out = convert(microlens, raw)
+    assert sequences(out) == {"1": ("20", "30", "10")}
+    assert read_titles(out) == {"10": "A, B", "20": "C", "30": "D"}
+    assert "titles_quoted" not in facts(out)["source"]
+    assert "(without a header, not quoted)" in capsys.readouterr().out
+    (tmp_path / "out").rename(tmp_path / "kept2")
+    write(raw, **{"ML-50k_titles__csv": '10,"A, B"\n20,C, D\n30,E\n'})
+    text = message(microlens, raw)
+    assert "ML-50k_titles.csv:1:" in text and "line 2" in text and "mend either line" in text
 
 
 def test_microlens_tsv_and_refusals(tmp_path):
@@ -343,6 +460,30 @@ def test_netflix(raw_netflix):
     assert read_titles(out)["2"] == "Good, the Bad, and Amélie, The"
 
 
+def test_netflix_saved_again(raw_netflix, capsys):
+    """Quoted as csv, in UTF-8: what csv.writer makes of the titles as published."""
+    path, was = raw_netflix / "movie_titles.csv", convert(netflix, raw_netflix)
+    assert "not quoted" in capsys.readouterr().out
+    rows = [line.split(",", 2) for line in path.read_text("latin-1").splitlines()]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    expected = read_titles(was)
+    was.rename(raw_netflix.parent / "was")
+    assert '2,NULL,"Good, the Bad, and Amélie, The"' in path.read_text("utf-8")
+    assert read_titles(convert(netflix, raw_netflix)) == expected
+    assert "quoted as csv" in capsys.readouterr().out
+
+
+def test_a_title_has_one_spelling(raw_1m, capsys):
+    """NFC, wherever titles are read; so two items whose titles only look different share one."""
+    decomposed, kelvin = "Cafe\u0301", "\u212a2"
+    write(raw_1m, movies__dat=f"1::{decomposed}::A\n2::Café::A\n30::{kelvin}::A\n4::nan::A\n")
+    out = convert(movielens, raw_1m)
+    assert read_titles(out) == {"1": "Café", "2": "Café", "30": "K2", "4": "nan"}
+    assert "items that share a title with another: 2" in capsys.readouterr().out
+    assert decomposed != "Café" and len(decomposed) == 5  # control: they differ in the file
+
+
 def test_netflix_sample(raw_netflix):
     users = [
         set(netflix.sample_users(sorted(raw_netflix.glob("c*.txt")), 1, seed)) for seed in range(8)
@@ -391,4 +532,6 @@ def test_command_prints_one_line_and_exits_with_2(raw_1m):
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: --min-items 1;") and "Traceback" not in bad.stderr
     good = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert good.returncode == 0 and good.stdout.startswith("MovieLens-1M: 2 users")
+    said, summary = good.stdout.split("\n", 1)
+    assert said == "movies.dat: text beyond ASCII is read as ISO-8859-1"
+    assert good.returncode == 0 and summary.startswith("MovieLens-1M: 2 users")

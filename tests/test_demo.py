@@ -1,6 +1,7 @@
 """The demo on a few users, its base checkpoint, Posterland's truth, and the plots."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ import torch
 from PIL import Image
 
 from hanorec import demo
+from hanorec.base.errors import InputError
 from hanorec.datasets import posterland
 from hanorec.datasets.catalog import load_catalog
 from hanorec.datasets.interactions import load_interactions
 from hanorec.mllm.load import load_backbone
-from hanorec.studies import lessons, plots, stages
+from hanorec.studies import lessons, plots, scripts, stages
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,27 @@ def test_users_of_sft_and_dpo_are_different(small_demo):
     test = json.loads((seed / "test" / "run.json").read_text())["settings"]
     assert test["users_from"] == spans["DPO"]["users_to"]
     assert len({spans[name]["users_to"] for name in ("DPO", "HaNoRec", "SFT continued")}) == 1
+
+
+def test_scripts_are_found_in_a_clone_and_in_an_installed_package(tmp_path, monkeypatch):
+    """Beside the package only where a setup.py says that it is a clone: in site-packages a file of
+    that name is another package's.
+    """
+    package = tmp_path / "hanorec"
+    (package / "scripts").mkdir(parents=True)
+    monkeypatch.setattr(scripts, "PACKAGE", package)
+    (tmp_path / "evaluate.py").write_text("HERE = 'beside'")
+    with pytest.raises(InputError) as caught:
+        scripts.script("evaluate")
+    assert f"neither in {tmp_path}, " in str(caught.value)
+    assert f"nor in {package / 'scripts'}, " in str(caught.value)
+
+    (package / "scripts" / "evaluate.py").write_text("HERE = 'inside'")
+    assert scripts.script("evaluate").HERE == "inside"
+    (tmp_path / "setup.py").touch()
+    before = set(sys.modules)
+    assert scripts.script("evaluate").HERE == "beside"
+    assert set(sys.modules) == before
 
 
 def test_a_folder_without_runs_has_no_plots(tmp_path):

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from float64 import in_float64
+from float64 import run_in_float64
 from processes import run_script, together, torchrun
 from torch.utils import backend_registration
 from toy_ranking import write_folder
@@ -54,8 +54,8 @@ def train(data, checkpoints, sft, tmp_path_factory):
             argv += DPO
             argv += ["--sft", sft] if family == "qwen2_5_vl" else []  # it is of one family
         argv = [str(word) for word in [*argv, *flags]]
-        changes = [in_float64, change] if change is not None else [in_float64]
-        assert together(n, run_script, script.__name__, argv, *changes) == [0] * n
+        changes = [change] if change is not None else []
+        assert together(n, run_in_float64, script.__name__, argv, *changes) == [0] * n
         return out, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
     return start
@@ -280,7 +280,7 @@ def test_what_a_sharded_run_wrote_is_evaluated_alike_by_one_process_and_by_shard
     reports = []
     for n, flags in [(1, []), (5, SHARDED)]:
         words = [str(word) for word in [*argv, "--out", tmp_path / str(n), *flags]]
-        assert together(n, run_script, "evaluate", words, in_float64) == [0] * n
+        assert together(n, run_in_float64, "evaluate", words) == [0] * n
         reports.append(json.loads((tmp_path / str(n) / "metrics.json").read_text()))
     one, five = reports
     for kind in ("random", "hard"):

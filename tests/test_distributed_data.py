@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from float64 import in_float64
+from float64 import run_in_float64
 from processes import run_script, together
 from safetensors.torch import load_file
 from toy_ranking import write_folder
@@ -179,9 +179,8 @@ def test_the_catalogue_is_encoded_together(checkpoints, catalog, tmp_path):
 
 
 def evaluate_all(commands):
-    in_float64()
     for argv in commands:
-        run_script("evaluate", argv)
+        run_in_float64("evaluate", argv)
 
 
 def numbers(value):
@@ -289,7 +288,7 @@ def test_brmrs_over_processes(tmp_path):
 
     def train(n, name, *changes):
         argv = brmrs_of(data, tmp_path / name)
-        assert together(n, run_script, "train_brmrs", argv, in_float64, *changes) == [0] * n
+        assert together(n, run_in_float64, "train_brmrs", argv, *changes) == [0] * n
         return apart(tmp_path / "1", tmp_path / name)
 
     assert train(1, "1") == (0, 0)

@@ -1,34 +1,67 @@
-"""docs/equations.md and the code agree, in both directions."""
+"""docs/equations.md and the code agree, in both directions: IDs, tags, tests, flags, readings."""
 
 import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 
+from hanorec import readings
 from hanorec.base import config
+from hanorec.base.config_brmrs import BrmrsConfig
 
 ROOT = Path(__file__).parent.parent
 IDS = [
     "SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)),
     *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7)),
 ]
+# Of a formula over several lines the first one alone has the tag.
 TAG = re.compile(r"#\s*((?:SFT|DPO|HN|EV|BR)-\d+):")
+READING = re.compile(
+    r"^\| `(?P<table>[A-Z]+)\[\"(?P<name>\w+)\"\]` \| `--(?P<flag>\w+) (?P<value>\w+)` "
+    r"\| `(?P<function>[\w.]+)` \| (?P<source>\w+) \| `(?P<test>[\w/.:]+)` \|$",
+    re.MULTILINE,
+)
+# Dictionary of readings -> its equation, and the setting by which a run chooses from it.
+CHOSEN_BY = {
+    "GAPS": ("HN-4", "gap_form"),
+    "HARDNESS": ("HN-5", "hardness"),
+    "CONTROLS": ("HN-5", "control"),
+    "ETAS": ("HN-7", "eta"),
+    "NOISES": ("HN-9", "noise"),
+}
+
+
+def page() -> str:
+    return (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
 
 
 def entries() -> dict[str, str]:
-    """ID -> text of its entry."""
-    page = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
-    parts = re.split(r"^### ", page, flags=re.MULTILINE)[1:]
-    return {part.split("\n", 1)[0].strip(): part for part in parts}
+    """ID -> text of its entry, up to the next heading."""
+    found = {}
+    for part in re.split(r"^##+ ", page(), flags=re.MULTILINE)[1:]:
+        heading = part.split("\n", 1)[0].strip()
+        if re.fullmatch(r"[A-Z]+-\d+", heading):
+            found[heading] = part
+    return found
+
+
+def table_of_readings() -> list[dict[str, str]]:
+    """The rows of the page's table of readings."""
+    return [row.groupdict() for row in READING.finditer(page())]
 
 
 def symbol_of(entry: str) -> object:
     """The function that an entry names."""
-    name = re.search(r"^- Code: `([\w.]+)`$", entry, re.MULTILINE)[1]
+    return symbol(re.search(r"^- Code: `([\w.]+)`$", entry, re.MULTILINE)[1])
+
+
+def symbol(name: str) -> object:
+    """What a dotted name stands for."""
     head, tail = re.match(r"(hanorec(?:\.[a-z_]+)+)\.(.+)", name).groups()
     found = importlib.import_module(head)
     for part in tail.split("."):
@@ -59,7 +92,9 @@ def options(entry: str) -> list[tuple[str, str]]:
 
 
 def settings(*kinds: type) -> dict[str, dataclasses.Field]:
-    return {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
+    """The settings of some configurations by name."""
+    fields = itertools.chain(*map(dataclasses.fields, kinds))
+    return {field.name: field for field in fields}
 
 
 def test_the_entries_are_the_equations():
@@ -73,11 +108,9 @@ def test_each_entry_names_a_function_that_carries_its_tag_once(equation):
 
 
 def test_each_tag_stands_once_in_the_package_and_has_an_entry():
-    tags = [
-        tag
-        for path in sorted((ROOT / "hanorec").rglob("*.py"))
-        for tag in TAG.findall(path.read_text(encoding="utf-8"))
-    ]
+    tags = []
+    for path in sorted((ROOT / "hanorec").rglob("*.py")):
+        tags += TAG.findall(path.read_text(encoding="utf-8"))
     assert sorted(tags) == sorted(IDS)
 
 
@@ -103,12 +136,42 @@ def test_each_option_named_is_a_setting(equation):
     """
     kinds = [config.ModelConfig, config.DataConfig, config.TrainConfig, config.DpoConfig]
     kinds.append(config.EvalConfig)
-    known = settings(*([config.BrmrsConfig] if equation.startswith("BR") else kinds))
+    known = settings(*([BrmrsConfig] if equation.startswith("BR") else kinds))
     for flag, values in options(entries()[equation]):
         assert flag in known, flag
         allowed = getattr(known[flag].type, "__args__", ())
         if values and allowed and all(isinstance(value, str) for value in allowed):
             assert set(re.split(r"[ |]+", values)) <= set(allowed), (flag, values)
+
+
+def test_the_table_of_readings_is_that_of_the_dictionaries():
+    """Every entry of every dictionary has a row, every row an entry, in the same order."""
+    dictionaries = {k: v for k, v in vars(readings).items() if k.isupper() and isinstance(v, dict)}
+    assert dictionaries.keys() == CHOSEN_BY.keys()
+    entries_of_all = []
+    for table, found in dictionaries.items():
+        entries_of_all += [(table, name) for name in found]
+    rows = [(row["table"], row["name"]) for row in table_of_readings()]
+    assert rows == entries_of_all
+    assert page().count('"]` |') == len(rows)  # no row escapes the pattern
+
+
+@pytest.mark.parametrize("row", table_of_readings(), ids=lambda row: row["name"])
+def test_each_row_of_the_readings_is_true(row):
+    """The function is the one in the dictionary; the flag's value leads to it; the test exists and
+    carries the mark of the equation that is read. The first reading of each is the document's.
+    """
+    table = getattr(readings, row["table"])
+    equation, setting = CHOSEN_BY[row["table"]]
+    assert table[row["name"]] is symbol(row["function"])
+    flag = settings(config.DpoConfig)[row["flag"]]
+    assert row["value"] in flag.type.__args__
+    chosen = config.DpoConfig(**{row["flag"]: row["value"]})
+    assert getattr(chosen, setting) == row["name"]
+    assert row["source"] in ("document", "release", "ours")
+    assert row["source"] == "document" or row["name"] != next(iter(table))
+    path, _, test = row["test"].partition("::")
+    assert equation in marks(ROOT / path)[test]
 
 
 def test_the_marks_are_equations():
@@ -117,9 +180,18 @@ def test_the_marks_are_equations():
 
 
 def test_the_checks_can_fail():
-    assert TAG.findall("# HN-4: formula\n# HN-44: other\n# see HN-5 below") == ["HN-4", "HN-44"]
+    text = """
+        # HN-4: the first line of a formula,
+        #       and the second, with HN-5
+        x = 1  # HN-44: behind a line of code
+        # see HN-6 below
+    """
+    assert TAG.findall(text) == ["HN-4", "HN-44"]
     with pytest.raises(AttributeError):
         symbol_of("- Code: `hanorec.hars.no_such_function`")
+    row = '| `GAPS["a"]` | `--gap a` | `hanorec.hars.fuse` | ours | `tests/test_a.py::test_b` |'
+    assert READING.search(row)["test"] == "tests/test_a.py::test_b"
+    assert not READING.search(row.replace("--gap", "gap"))
     text = "`--gap ranked`, `--kl-coef` and `--control reversed|permuted`; --not-in-code"
     expected = [("gap", "ranked"), ("kl_coef", ""), ("control", "reversed|permuted")]
     assert options(text) == expected

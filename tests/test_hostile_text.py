@@ -4,6 +4,7 @@ beyond 64 bits.
 
 import json
 import shutil
+import unicodedata
 from dataclasses import replace
 
 import pytest
@@ -101,6 +102,7 @@ def test_a_catalogue_of_hostile_titles_trains_and_is_evaluated(data, checkpoints
     ids = [line.split(",")[0] for line in table.read_text().splitlines()[1:]]
     long = {item: str(10**29 + int(item)) for item in ids}
     titles = [TITLES[n % len(TITLES)].replace("\n", " ") + f" {n}" for n in range(len(ids))]
+    titles = [unicodedata.normalize("NFC", title) for title in titles]
     quoted = ['"' + title.replace('"', '""') + '"' for title in titles]
     table.write_text(
         "item,title\n"

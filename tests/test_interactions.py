@@ -241,7 +241,7 @@ def test_hard_candidates():
     assert "'u'" in text
     assert "2 of 5" in text
     assert "3 negatives" in text
-    assert "larger K" in text
+    assert "raise --neighbors" in text and "--candidates" in text
     assert "(6, M)" in message(draw_hard_candidates, [example], items, neighbors[:5])
     assert "float64" in message(draw_hard_candidates, [example], items, neighbors.astype(float))
     assert "-1" in message(draw_hard_candidates, [example], items, neighbors - 2)

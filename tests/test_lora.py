@@ -45,6 +45,14 @@ def clone(layers):
     return [weight.detach().clone() for weight in toy.weights(layers)]
 
 
+def noise_of(layers):
+    """The noise on A and B of each layer, in the order of `toy.weights`."""
+    found = []
+    for layer in layers:
+        found += layer.noise
+    return found
+
+
 def put(layers, values):
     with torch.no_grad():
         for weight, value in zip(toy.weights(layers), values, strict=True):
@@ -83,7 +91,7 @@ def test_only_linears_of_the_language_model(backbone):
     ]
     assert vision == [] and not isinstance(model.lm_head, LoRALinear)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained == {f"{path}.{side}" for path in paths for side in "AB"}
+    assert trained == {f"{path}.A" for path in paths} | {f"{path}.B" for path in paths}
     for name, weight in model.named_parameters():
         if name not in trained:
             assert torch.equal(weight, weights[name.replace(".base.", ".")])
@@ -244,7 +252,7 @@ def test_noise_equals_replaced_weights(qwen, pair, scale):
     layers = toy.busy_lora(qwen.model, seed=2)
     clean = clone(layers)
     with lora_noise(qwen.model, 0.05, torch.Generator().manual_seed(3), scale):
-        noise = [part.clone() for layer in layers for part in layer.noise]
+        noise = [part.clone() for part in noise_of(layers)]
         first, second = pair(), pair()
         assert torch.equal(first, second)
         noisy, grad = first.detach(), toy.gradients(objective(first), layers)
@@ -287,7 +295,7 @@ def test_size_of_the_noise(qwen):
             return [layer.noise for layer in layers]
 
     absolute, relative = drawn("absolute"), drawn("relative")
-    every = torch.cat([part.flatten() for pair in absolute for part in pair])
+    every = torch.cat([torch.cat([a.flatten(), b.flatten()]) for a, b in absolute])
     # standard error of a deviation from n draws: sigma / sqrt(2 n); five of them
     assert abs(every.std() - 0.1) < 5 * 0.1 / (2 * len(every)) ** 0.5
     assert abs(every.mean()) < 5 * 0.1 / len(every) ** 0.5
@@ -304,7 +312,7 @@ def test_seeds_of_the_noise(qwen):
 
     def drawn(generator):
         with lora_noise(qwen.model, 0.1, generator):
-            return torch.cat([part.flatten() for layer in layers for part in layer.noise])
+            return torch.cat([part.flatten() for part in noise_of(layers)])
 
     generator = torch.Generator().manual_seed(7)
     one, two = drawn(generator), drawn(generator)

@@ -220,7 +220,7 @@ def test_the_noise_is_standard_normal_times_sigma(dtype):
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).to(dtype)
     first, second = add_lora(model, r=64)
     with lora_noise(model, 0.05, generator(20)):
-        draws = [n.flatten() / 0.05 for layer in (first, second) for n in layer.noise]
+        draws = [n.flatten() / 0.05 for n in (*first.noise, *second.noise)]
     for eps in draws:
         assert eps.dtype == dtype and len(eps) == 64 * 256
         assert abs(eps.mean()) < 4 / 128 and abs(eps.std() - 1) < 4 / 181
@@ -441,19 +441,16 @@ def test_noisy_loss_matches_the_oracle_from_weights_to_loss():
         logits = model(x)
         with adapters_off(model):
             ref = model(x)
-        h = preference_logit(
-            *(token_log_probs(z, torch.tensor(t)) for z in (logits, ref) for t in (w, l))
-        )
+        four = (logits, w), (logits, l), (ref, w), (ref, l)
+        h = preference_logit(*(token_log_probs(z, torch.tensor(t)) for z, t in four))
         policy_, ref_ = oracle_network(model, x), oracle_network(model, x, noisy=False, scale=0)
         clean_ = oracle_network(model, x, noisy=False)
     loss = dpo_loss(h, torch.tensor(beta, dtype=torch.float64))
 
     def chain(policy):
-        picked = [
-            [oracle.answer_log_prob([z[i]], [t[i]]) for i in range(3)]
-            for z in (policy, ref_)
-            for t in (w, l)
-        ]
+        picked = []
+        for z, t in ((policy, w), (policy, l), (ref_, w), (ref_, l)):
+            picked.append([oracle.answer_log_prob([z[i]], [t[i]]) for i in range(3)])
         return oracle.dpo_loss(oracle.preference_logit(*picked), beta)
 
     np.testing.assert_allclose(loss, chain(policy_), rtol=1e-11)

@@ -3,12 +3,14 @@
 import math
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hanorec.base.errors import InputError
+from hanorec.metrics import auc
 from hanorec.ranking import full_ranking as ranking
 from hanorec.ranking.full_ranking import (
     Embeddings,
@@ -34,16 +36,15 @@ def case(seed, n_users=9, n_items=13, n_pairs=40, width=3):
 
 
 def ranks_by_loop(user, item, train, targets):
-    """Sort each user's free items by falling score, then rising id, and look where the target is.
+    """The place of each target among its user's free items; whoever scores as high stands before it.
     """
     held, found = set(zip(*train.tolist(), strict=True)), []
     for u, i in targets.T.tolist():
-        score = {
-            j: sum(float(a) * float(b) for a, b in zip(user[u], item[j], strict=True))
-            for j in range(len(item))
-            if (u, j) not in held
-        }
-        found.append(1 + sorted(score, key=lambda j, s=score: (-s[j], j)).index(i))
+        free = [j for j in range(len(item)) if (u, j) not in held]
+        scores = [
+            sum(float(a) * float(b) for a, b in zip(user[u], item[j], strict=True)) for j in free
+        ]
+        found.append(oracle.rank_of_positive(scores, free.index(i)))
     return found
 
 
@@ -70,35 +71,61 @@ def test_ranks(block, seed):
 
 
 def test_ranks_by_hand():
-    """One user, five items with scores 2, 3, 3, 1, 5; item 4 is a training pair. Item 1 is first,
-    item 2 ties behind it, then 0 and 3.
+    """One user, five items with scores 2, 3, 3, 1, 5; item 4 is a training pair. Items 1 and 2 tie,
+    which counts against either: both are second. Then come 0 and 3.
     """
     item = np.array([[2], [3], [3], [1], [5]])
     found = ranks_of(
         np.array([[1]]), item, np.array([[0], [4]]), np.array([[0, 0, 0, 0], [0, 1, 2, 3]])
     )
-    assert found.tolist() == [3, 1, 2, 4]
+    assert found.tolist() == [3, 2, 2, 4]
 
 
-def test_the_mask_and_the_tie_rule_can_fail():
-    """Without the training pair all of them fall by one; with ids reversed the tie is broken the
-    other way.
+def test_the_mask_can_fail_and_ids_play_no_part():
+    """Without the training pair all of them fall by one; with ids reversed nothing changes, while a
+    list has to put one of the two first.
     """
     item = np.array([[2], [3], [3], [1], [5]])
     targets = np.array([[0, 0, 0, 0], [0, 1, 2, 3]])
-    assert ranks_of(np.array([[1]]), item, np.zeros((2, 0), int), targets).tolist() == [4, 2, 3, 5]
+    assert ranks_of(np.array([[1]]), item, np.zeros((2, 0), int), targets).tolist() == [4, 3, 3, 5]
     backwards = ranks_of(
         np.array([[1]]), item[::-1].copy(), np.array([[0], [0]]),
         np.array([[0, 0, 0, 0], [4, 3, 2, 1]]),
     )
-    assert backwards.tolist() == [3, 2, 1, 4]
+    assert backwards.tolist() == [3, 2, 2, 4]
+    seen = Seen(torch.tensor([0]), torch.tensor([4]), 1)
+    one = Retriever(("u",), tuple("abcde"), torch.ones(1, 1), torch.tensor(item).float(), seen)
+    assert one.top_n(torch.tensor([0]), 4).tolist() == [[1, 2, 0, 3]]
+    assert one.places(torch.tensor([0]), torch.tensor([[1, 2, 0, 3]])).tolist() == [[2, 2, 3, 4]]
 
 
-def test_a_model_that_scores_all_alike_ranks_by_id():
+def test_a_model_that_scores_all_alike_gets_the_last_place():
     targets = np.array([[0, 0], [2, 12]])
     assert ranks_of(
         np.zeros((1, 3), int), np.ones((13, 3), int), np.array([[0, 0], [0, 1]]), targets
-    ).tolist() == [1, 11]
+    ).tolist() == [11, 11]
+
+
+@pytest.mark.parametrize("score", [1.0, 0.0])
+def test_a_model_that_knows_nothing_recalls_nothing(score):
+    """Twenty users with the targets 0 .. 19 of 40 items, all scores 1, or all 0: with the smaller id
+    first, Recall@20 would be 1. Every branch alike; a score of its own at the target gives 1 again.
+    """
+    users = torch.arange(20)
+    seen = Seen(users, torch.full((20,), 39), 20)
+    alike = Embeddings(
+        dict.fromkeys("tvf", torch.ones(20, 1)), dict.fromkeys("tvf", torch.full((40, 1), score))
+    )
+    report, _, _ = evaluate(alike, torch.stack([users, users]), seen, users + 1)
+    for name in ("Recall@5", "Recall@20", "Recall@20_t", "Recall@20_v", "NDCG@20", "synergy"):
+        assert report[name] == 0, name
+    assert auc(np.ones(20), np.ones((20, 19))) == 0.5  # half of the pairs, in AUC
+
+    items = torch.zeros(40, 20)
+    items[:20] = torch.eye(20)
+    knowing = Embeddings(dict.fromkeys("tvf", torch.eye(20)), dict.fromkeys("tvf", items))
+    report, _, _ = evaluate(knowing, torch.stack([users, users]), seen, users + 1)
+    assert report["Recall@5"] == report["NDCG@20"] == 1
 
 
 def test_a_masked_target_is_refused():
@@ -146,8 +173,11 @@ def test_recall_and_ndcg_by_hand():
 @pytest.mark.parametrize("seed", range(5))
 def test_recall_and_ndcg_against_lists(seed):
     """From the ranked list itself, as a user sees it: the first K items, hits counted one by one.
+    No two scores are equal here.
     """
     user, item, train, targets = case(seed)
+    rng = np.random.default_rng(seed)
+    user, item = rng.normal(size=user.shape), rng.normal(size=item.shape)
     who, rows = user_rows(
         ranks_of(user, item, train, targets), torch.from_numpy(targets[0]), (5, 10, 20)
     )
@@ -243,5 +273,5 @@ def test_retrieval():
         InputError, match=rf"{n + 1} items to retrieve: one of these users has {n} items"
     ):
         retriever.top_n(torch.arange(9), n + 1)
-    with pytest.raises(InputError, match="choose 1"):
+    with pytest.raises(InputError, match="choose 1 .. that many with --top-n"):
         retriever.top_n(torch.arange(9), 0)

@@ -1,29 +1,19 @@
-"""The README's commands and paths are true, and CI takes its test command from it."""
+"""What README.md and docs/*.md say of commands, paths and lengths is true, and CI takes its test
+command from the README."""
 
-import importlib.util
 import os
 import re
 import shlex
 import shutil
 import subprocess
 
+import pages
 import pytest
 from docstring_names import ROOT
 
-from hanorec.base.config import DataConfig, DpoConfig, EvalConfig, ModelConfig, TrainConfig
-from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
 from hanorec.base.settings import parse
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-LINES = [re.sub(r"\s#.*", "", line) for line in "".join(BLOCKS).splitlines()]
-COMMANDS = [part.strip() for part in " && ".join(LINES).split("&&") if part.strip()]
-SETTINGS = {
-    "train_sft.py": [ModelConfig, DataConfig, TrainConfig],
-    "train_dpo.py": [ModelConfig, DataConfig, TrainConfig, DpoConfig],
-    "evaluate.py": [ModelConfig, DataConfig, EvalConfig],
-    "train_brmrs.py": [BrmrsFiles, BrmrsConfig],
-}
 REQUIRED = ["--model", "M", "--data", "D", "--out", "O"]
 MARKED = {
     mark: re.search(rf"^<!-- ci: {mark} -->\n```\n(.+)\n```$", TEXT, re.MULTILINE)
@@ -31,48 +21,97 @@ MARKED = {
 }
 
 
-def module_takes(words):
-    """python -m MODULE FLAGS: the module exists, and its folder knows the flags."""
-    spec = importlib.util.find_spec(words[2])
-    if spec is None:
-        return False
-    own = ROOT / f"{words[2].replace('.', '/')}.py"
-    beside = [own] if own.parent.name == "hanorec" else own.parent.glob("*.py")
-    source = "".join(path.read_text(encoding="utf-8") for path in beside)
-    return all(f'"{word}"' in source for word in words[3:] if word.startswith("--"))
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_commands_paths_and_names_are_true(page):
+    path = pages.PAGES[page]
+    text = path.read_text(encoding="utf-8")
+    assert pages.wrong_commands(text) == []
+    assert pages.wrong_paths(text, path.parent) == []
+    assert pages.wrong_names(text) == []
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_exists_and_takes_its_flags(command):
-    words = shlex.split(command)
-    if words[:2] == ["python", "-m"]:
-        assert module_takes(words)
-    elif words[0] == "python":
-        assert (ROOT / words[1]).exists()
-        if words[1] in SETTINGS:
-            # A file of the reader's, or of an earlier run, has what the flags need not say again.
-            flags = [*REQUIRED, *words[3:]] if words[2].endswith(".json") else words[2:]
-            parse(SETTINGS[words[1]], flags)
-    elif words[0] == "python3":
-        assert command == "python3 -m venv .venv"
-    elif words[0] == ".":
-        assert command == ". .venv/bin/activate"
-    else:
-        assert words[0] in ("pip", "pytest")
+def test_a_wrong_command_would_be_noticed():
+    text = """\
+`python -m hanorec.plots OUT`, `python -m hanorec.datasets.{netflix,imdb} RAW OUT`, `python -m
+hanorec.studies.tables`, `python -m hanorec.studies.audit iota RUN`, `python -m hanorec.demo --out
+OUT --seed 1`, `python -m hanorec.scripts.train`, `python benchmarks/audit.py run RUN`
+
+    python benchmarks/topk.py --columns 3   # --rows
+
+```
+torchrun --nproc-per-node 2 benchmarks/gpu.py run M OUT --shard true --slow true
+python train_dpo.py --model M \\
+  --ablate full && python -m hanorec.demo --out OUT && python train_sft.py --epochs 1
+```
+"""
+    assert pages.wrong_commands(text) == [
+        "benchmarks/topk.py --columns",
+        "benchmarks/gpu.py --slow",
+        "train_dpo.py --ablate",
+        "no command hanorec.plots",
+        "no command hanorec.datasets.imdb",
+        "no command hanorec.studies.tables",
+        "hanorec.studies.audit iota",
+        "hanorec.demo --seed",
+        "no file train.py",
+        "no file benchmarks/audit.py",
+    ]
 
 
-def test_a_wrong_flag_would_be_noticed():
+def test_a_wrong_path_or_name_would_be_noticed():
+    text = """\
+[here](audit.md), [there](docs/audit.md), `hars.py`, `hanorec/hars.py`, `tests/test_hars_*.py`,
+`tests/test_h*.py`, `tests/test_hars.py::test_fuse`, `tests/test_hars.py::test_mean_pool`,
+`hanorec.hars.fuse`, `hanorec.hars.melt`, `--rejected 3`, `--accepted`, `--dpo`
+
+    python benchmarks/audit.py
+"""
+    assert pages.wrong_paths(text) == [
+        "audit.md", "hars.py", "tests/test_hars_*.py", "tests/test_hars.py::test_fuse",
+        "benchmarks/audit.py",
+    ]
+    assert pages.wrong_paths("[here](audit.md)", ROOT / "docs") == []
+    assert pages.wrong_names(text) == ["hanorec.hars.melt", "--accepted"]
+
+
+# The flags of the README's scripts have values that go together.
+SCRIPTS = [line for line in pages.in_blocks(TEXT) if line.split()[1] in pages.SETTINGS]
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_the_scripts_take_their_flags(command):
+    _, script, *flags = shlex.split(command)
+    if flags[0].endswith(".json"):
+        # A file of the reader's, or of an earlier run, has what the flags need not say again.
+        flags = [*REQUIRED, *flags[1:]]
+    parse(pages.SETTINGS[script], flags)
+
+
+def test_a_wrong_value_would_be_noticed():
+    assert len(SCRIPTS) > 5
     with pytest.raises(SystemExit):
-        parse(SETTINGS["train_sft.py"], [*REQUIRED, "--no-such-flag", "1"])
-    assert module_takes(shlex.split("python -m hanorec.demo --out OUT"))
-    assert not module_takes(shlex.split("python -m hanorec.demo --no-such-flag"))
-    assert not module_takes(shlex.split("python -m hanorec.no_such_command"))
+        parse(pages.SETTINGS["train_sft.py"], [*REQUIRED, "--epochs", "many"])
 
 
-def test_the_paths_exist():
-    paths = re.findall(r"`((?:docs|tests|benchmarks|hanorec)/[\w./]+)`", TEXT)
-    paths += re.findall(r"\]\(([\w./]+)\)", TEXT)
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+def test_all_else_that_the_blocks_start_is_an_installer_or_a_test():
+    others = [line for line in pages.in_blocks(TEXT) if not line.startswith("python ")]
+    for command in others:
+        known = command in ("python3 -m venv .venv", ". .venv/bin/activate")
+        assert known or command.split()[0] in ("pip", "pytest")
+
+
+def test_what_to_read_has_its_true_lengths():
+    assert pages.wrong_reading(TEXT) == []
+
+
+def test_a_wrong_length_or_order_would_be_noticed():
+    losses, topk = re.findall(r"^\| `hanorec/(?:losses|topk)\.py` .*\n", TEXT, re.MULTILINE)
+    longer = TEXT.replace(losses, losses.replace("| 1", "| 91"))
+    assert [line.partition(":")[0] for line in pages.wrong_reading(longer)] == ["hanorec/losses.py"]
+    assert "files" in pages.wrong_reading(TEXT.replace(losses + topk, topk + losses))[0]
+    left_out = pages.wrong_reading(TEXT.replace(topk, ""))
+    assert len(left_out) == 2 and "hanorec/topk.py: None" in left_out
+    assert pages.wrong_reading(re.sub(r"\d+(?= lines in all)", "70", TEXT))[0].startswith("sum 70")
 
 
 @pytest.mark.parametrize("mark", MARKED)

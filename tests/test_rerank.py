@@ -16,7 +16,8 @@ import train_brmrs
 from hanorec.base.errors import InputError
 from hanorec.datasets.catalog import Catalog
 from hanorec.datasets.interactions import Example, load_interactions
-from hanorec.ranking.reranking import places_by_score, rerank_report, target_places
+from hanorec.ranking.candidate_sets import HeldOut
+from hanorec.ranking.reranking import places_by_score, rerank, rerank_report, target_places
 from hanorec.ranking.retriever import Retriever, load_retriever, retrieve
 from hanorec.ranking.sampler import Seen
 
@@ -80,6 +81,52 @@ def test_what_does_not_fit_is_refused(tmp_path):
         retrieve(found, catalog, [replace(example, user="b")], [(0,)], 2, 0)
     with pytest.raises(InputError, match="to retrieve"):
         retrieve(found, catalog, [example], [(0, 1)], 4, 0)
+
+
+def test_a_tie_with_what_is_not_retrieved_is_no_hit(tmp_path):
+    """A retriever that scores all five items alike retrieves by id: of the three new ones 2 and 3.
+    The list stands; but no place is better than 3, so a target among them is missed before and
+    after, even by a policy that puts it first. Where item 4 scores less, the same list is a hit.
+    """
+    catalog, found = shop(tmp_path)
+    example = Example("a", (0, 1), 3, frozenset({0, 1, 3}))
+    for scores, places, hit in (([1, 1, 1, 1, 1], [3, 3], 0), ([1, 1, 1, 1, 0], [2, 2], 1)):
+        alike = replace(found, item=torch.tensor(scores)[:, None].float())
+        examples, before = retrieve(alike, catalog, [example], [(0, 1)], 2, seed=0)
+        assert sorted(examples[0].candidates) == [2, 3] and before.tolist() == [places]
+        at = examples[0].candidates.index(3)
+        report = rerank_report(examples, before, {"policy": np.eye(2)[[at]]}, seed=0)
+        assert report["retrieved"] == hit
+        ranks = {name: order["ranks"] for name, order in report["orders"].items()}
+        assert ranks == {"retriever": [2] if hit else [None], "policy": [1] if hit else [None]}
+
+
+def test_what_a_user_had_since_takes_no_place(tmp_path):
+    """Another user's validation items must not make room scarce: b had nothing since, and 4 new
+    items; a had item 1 since. Four items for b are too many for a, three are enough for both.
+    """
+    catalog, found = shop(tmp_path)
+    both = replace(found, users=("a", "b"), user=torch.ones(2, 1),
+                   seen=Seen(torch.tensor([0, 1]), torch.tensor([0, 0]), 2))
+    examples = [Example("a", (0, 1), 3, frozenset()), Example("b", (0,), 4, frozenset())]
+    found, places = retrieve(both, catalog, examples, [(0, 1), (0,)], 3, 0)
+    assert [sorted(e.candidates) for e in found] == [[2, 3, 4], [1, 2, 3]]
+    assert sorted(places[0].tolist()) == sorted(places[1].tolist()) == [1, 2, 3]
+    with pytest.raises(InputError, match="one of these users has 3 items that are new"):
+        retrieve(both, catalog, examples, [(0, 1), (0,)], 4, 0)
+
+
+def test_equal_titles_are_told(tmp_path, capsys):
+    """Only where a user's list holds a title twice."""
+    catalog, found = shop(tmp_path)
+    example = Example("a", (0, 1), 3, frozenset({0, 1, 3}))
+    examples, before = retrieve(found, catalog, [example], [(0, 1)], 2, seed=0)
+    scores, seconds = {"policy": {"sum": np.zeros((1, 2))}}, {"retrieval": 1.0, "policy": 1.0}
+    for titles, said in (("PQRST", False), ("PQRRT", True)):
+        held = HeldOut(replace(catalog, titles=tuple(titles)), None, examples, {"a"})
+        rerank(held, examples, before, scores, seconds, seed=0)
+        note = "1 of 1 users have retrieved items of one title"
+        assert (note in capsys.readouterr().out) == said
 
 
 def test_places_count_ties_against_all():
@@ -146,7 +193,9 @@ def test_from_catalogue_to_list(data, checkpoints, sft, retriever, tmp_path, cat
     assert set(report["seconds_per_user"]) == {"retrieval", str(sft), "base"}
     assert min(report["seconds_per_user"].values()) > 0
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert set(facts["inputs"]) == {"data", "retriever", str(sft)}
+    shown = {"images", "image_processor", "turn", "base"}
+    retrieved = {"retriever", "retriever_names"}
+    assert set(facts["inputs"]) == {"data", str(sft), *retrieved, *shown}
 
 
 def test_a_list_for_one_user(data, checkpoints, retriever, tmp_path):

@@ -1,11 +1,13 @@
-"""How a command ends: in a message instead of a traceback."""
+"""How a command begins and ends: with the user's home in its paths, and in a message instead of a
+traceback."""
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 from hanorec.base.errors import InputError
+from hanorec.base.lock import unlock_all
 
 
 def run(main: Callable[[], None]) -> None:
@@ -13,7 +15,9 @@ def run(main: Callable[[], None]) -> None:
 
     An `InputError`, or a fault of the file system, becomes "error: ..." on stderr and exit code 2,
     without a traceback. Where torchrun started several processes, one of them says so for all.
+    Whatever ends it, the folders that it has locked are let go.
     """
+    sys.argv[1:] = with_home(sys.argv[1:])
     voice: AbstractContextManager = nullcontext()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Here, since it imports PyTorch, which converters do without.
@@ -34,3 +38,19 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        unlock_all()
+
+
+def with_home(words: Iterable[str]) -> list[str]:
+    """The words of a command with ~/... (also in --flag=~/...) as a path in the user's home.
+
+    A shell does that for words of their own alone, and nobody for a file of settings.
+    """
+    found = []
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if value == "~" or (value.startswith("~") and "/" in value):
+            value = os.path.expanduser(value)
+        found.append(flag + equals + value)
+    return found

@@ -48,6 +48,11 @@ class DataConfig:
         "on",
         "document: images of the candidates; off spares their tokens",
     )
+    max_title_tokens: int | None = option(
+        None,
+        "ours: cut titles in prompts and answers to so many tokens, and say how many were cut; "
+        "none = nothing is cut, and a prompt that is too long is refused",
+    )
     plain: bool = option(
         False,
         "ours: the slow path that the fast one is tested against: a forward an answer, no feature "
@@ -76,7 +81,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self, history=1, candidates=2, neighbors=1, users_seed=0)
+        check(self, history=1, candidates=2, neighbors=1, users_seed=0, max_title_tokens=1)
 
 
 @dataclass(frozen=True)

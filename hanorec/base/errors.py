@@ -1,13 +1,29 @@
 """One exception for bad input, and how a message shows a value."""
 
-
+from collections.abc import Callable
 
 
 class InputError(ValueError):
     """Bad input.
 
-    The message names the file, line or item, the value, what was expected and the remedy.
+    The message names the file, line or item, the value, what was expected and the remedy; those of
+    readers say the last two behind their last semicolon.
     """
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """What was found, and what was expected with the remedy, of a reader's message."""
+        found, _, remedy = str(self).rpartition("; ")
+        return found, remedy
+
+
+Fault = Callable[[InputError], None]  # what a reader does with a fault
+
+
+def refuse(error: InputError) -> None:
+    """The first fault ends the reading. A reader that is given another `Fault` goes on behind it,
+    with what it can guess, so that all faults of a file are found at once."""
+    raise error from None
 
 
 def shown(value: object, most: int = 80) -> str:

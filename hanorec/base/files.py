@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hanorec.base import lock
 from hanorec.base.errors import InputError
 
 MAX_JSON = 2**30  # bytes: the candidates of five million users
@@ -46,17 +47,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def claim_folder(out: str | Path) -> Path:
-    """The output folder, made if need be.
+    """The output folder, made if need be, and locked until this process ends.
 
-    InputError where it holds files: a run never overwrites another.
+    InputError where it holds files, since a run never overwrites another, or where another process
+    is at work in it.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(
-            f"{out}: exists and is not an empty folder, expected a new one; choose another --out "
-            "or remove it"
-        )
-    out.mkdir(parents=True, exist_ok=True)
+
+    def refuse_files() -> None:
+        if out.exists() and (not out.is_dir() or any(p.name != lock.NAME for p in out.iterdir())):
+            raise InputError(
+                f"{out}: exists and is not an empty folder, expected a new one; choose another "
+                "--out or remove it"
+            )
+
+    lock.lock_folder(out, refuse_files)
     return out
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from hanorec.base.command import with_home
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_json
 
@@ -45,13 +46,13 @@ def parse(
 ) -> tuple[Any, ...]:
     """The dataclasses filled from a JSON file (first argument, if it ends in .json) and flags.
 
-    Unknown keys are InputErrors, unknown flags end the command as argparse does.
+    A value that begins with ~/ is in the user's home, see `with_home`. Unknown keys are InputErrors, unknown flags end the command as argparse does.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = with_home(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(types, description=about, allow_abbrev=False)
     if argv and argv[0].endswith(".json"):
         given = {flag.partition("=")[0].replace("_", "-") for flag in argv}
-        argv = _flags_of_file(Path(argv[0]), types, given) + argv[1:]
+        argv = with_home(_flags_of_file(Path(argv[0]), types, given)) + argv[1:]
     *configs, unknown_flags = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )

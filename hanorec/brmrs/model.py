@@ -77,6 +77,7 @@ class BRMRS(nn.Module):
     def _graphs(self, x: Mapping[str, Tensor], users: Tensor, items: Tensor) -> dict[str, Tensor]:
         """`hanorec.brmrs.graph`, of the distinct train pairs (E',): name -> matrix."""
         (n_users, n_items), config = self.sizes, self.config
+        _check_graphs(n_users, n_items, config)
         graphs = {"graph": interaction_graph(users, items, n_users, n_items)}
         if config.item_graph:
             graphs["item_graph"] = likeness_graph(
@@ -157,6 +158,16 @@ def _check_features(features: Mapping[str, Tensor], n_items: int, config: BrmrsC
             raise InputError(
                 f"{name} features of shape {tuple(features[m].shape)}, expected one row for each "
                 f"of {n_items} items; remake the file from the same item list"
+            )
+
+
+def _check_graphs(n_users: int, n_items: int, config: BrmrsConfig) -> None:
+    graphs = {"item": (config.item_graph, n_items), "user": (config.user_graph, n_users)}
+    for kind, (k, n) in graphs.items():
+        if k >= n:
+            raise InputError(
+                f"--{kind}-graph {k}: K = {k} of {n} {kind}s, expected at most {n - 1}; choose a "
+                "smaller one, or 0 for no such graph"
             )
 
 

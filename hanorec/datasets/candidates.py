@@ -49,7 +49,8 @@ def draw_candidates(
         if len(taken) < negatives:
             raise InputError(
                 f"user {shown(example.user)}: {len(taken)} unseen items with titles of their own, "
-                f"{negatives} negatives wanted; use fewer negatives or add items to the titles file"
+                f"{negatives} negatives wanted; use fewer negatives (--candidates) or add items to "
+                f"the titles file"
             )
         result.append(_shuffled(rng, example, taken, rows))
     return result
@@ -85,10 +86,21 @@ def draw_hard_candidates(
                 f"item {catalog.ids[example.target]!r}: "
                 f"{len(taken)} of {neighbors.shape[1]} neighbours are unseen by "
                 f"user {example.user!r} and have titles of their own, "
-                f"{negatives} negatives wanted; use a larger K"
+                f"{negatives} negatives wanted; raise --neighbors or use fewer negatives "
+                f"(--candidates)"
             )
         result.append(_shuffled(rng, example, taken, rows))
     return result
+
+
+def near_count(wanted: int, catalog: Catalog) -> int:
+    """How many neighbours of an item hard negatives are drawn from: `wanted`, or all others."""
+    others = len(catalog.ids) - 1
+    if others < 1:
+        raise InputError(
+            f"{catalog.directory}: one item has no neighbours; add items to the titles file"
+        )
+    return min(wanted, others)
 
 
 def _check_negatives(negatives: int) -> None:

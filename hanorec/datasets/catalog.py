@@ -14,14 +14,16 @@ row: 0, 1, ... in file order.
 
 import csv
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from hanorec.base.errors import InputError, shown
+from hanorec.base.errors import Fault, InputError, refuse, shown
 from hanorec.base.files import read_json, sha256
-from hanorec.datasets.images import find_images
-from hanorec.datasets.lines import numbered_lines, only_file
+from hanorec.datasets.images import Ignored, find_images, say_ignored
+from hanorec.datasets.lines import numbered_lines, one_spelling, only_file
 
 COVERS = ("real", "drawn", "none")
 
@@ -46,107 +48,170 @@ class Catalog:
         return {item: row for row, item in enumerate(self.ids)}
 
 
-def load_catalog(directory: Path) -> Catalog:
-    """Read the items of a native dataset. InputError names the file and the line."""
+def load_catalog(
+    directory: Path, fault: Fault = refuse, ignored: Ignored = say_ignored
+) -> Catalog:
+    """Read the items of a native dataset. InputError names the file and the line.
+
+    fault, ignored: what becomes of a fault, and of image files that are ignored.
+    """
     directory = Path(directory)
     path = only_file(directory, "*_titles.csv")
-    titles = _read_titles(path)
-    found = find_images(directory / "images", titles)
+    titles = _read_titles(path, fault)
+    found = find_images(directory / "images", titles, fault, ignored)
     images = tuple(found.get(item) for item in titles)
-
-    described = directory / "dataset.json"
-    facts = read_json(described) if described.exists() else {}
     name = path.name.removesuffix("_titles.csv")
-    name, covers = _facts(described, facts, name, bool(found))
+    name, covers = _facts(directory / "dataset.json", name, bool(found), fault)
     return Catalog(directory, name, tuple(titles), tuple(titles.values()), images, covers)
 
 
-def _read_titles(path: Path) -> dict[str, str]:
+def _read_titles(path: Path, fault: Fault) -> dict[str, str]:
     """Item id -> title, in file order."""
     titles: dict[str, str] = {}
     lines: dict[str, int] = {}  # item id -> its line
-    # strict: text after a closing quote is an error instead of being glued to the field
-    reader = csv.reader((text for _, text in numbered_lines(path)), strict=True)
-    before = 0  # the last line of the row before
-    try:
-        for fields in reader:
-            first, line = before + 1, reader.line_num
-            before = line
-            if line != first:
-                raise InputError(
-                    f"{path}:{first}: the row runs on to line {line}; "
-                    f"expected one row a line, so close the quote or remove the break"
-                )
-            if line == 1:
-                if fields != ["item", "title"]:
-                    raise InputError(
-                        f"{path}:1: header {shown(','.join(fields))}; "
-                        f"expected 'item,title', so add or mend that line"
-                    )
-                continue
-            item, title = _id_and_title(path, line, fields)
-            if item in titles:
-                raise InputError(
-                    f"{path}:{line}: item id {shown(item)} is already on line {lines[item]}; "
-                    f"expected each id once, so remove one"
-                )
-            if not title:
-                raise InputError(
-                    f"{path}:{line}: item {shown(item)} has an empty title; "
-                    f"expected text, so add one or remove the item"
-                )
-            titles[item] = title
-            lines[item] = line
-    except csv.Error as error:
-        raise InputError(
-            f"{path}:{before + 1}: not csv ({error}); expected item,title, "
-            f"so close the quotes of a quoted title, double those inside it, "
-            f"and shorten a title of more than {csv.field_size_limit()} characters"
-        ) from None
+    for line, fields in _rows(path, fault):
+        if line == 1:
+            if fields != ["item", "title"]:
+                fault(InputError(
+                    f"{path}:1: header {shown(','.join(fields))}; "
+                    f"expected 'item,title', so add or mend that line"
+                ))
+            continue
+        row = _id_and_title(path, line, fields, fault)
+        if row is None:
+            continue
+        item, title = row
+        if item in titles:
+            fault(InputError(
+                f"{path}:{line}: item id {shown(item)} is already on line {lines[item]}; "
+                f"expected each id once, so remove one"
+            ))
+            continue
+        if not title:
+            fault(InputError(
+                f"{path}:{line}: item {shown(item)} has an empty title; "
+                f"expected text, so add one or remove the item"
+            ))
+        titles[item] = title
+        lines[item] = line
     if not titles:
-        raise InputError(
+        fault(InputError(
             f"{path}: no items; expected the header item,title and one row an item"
-        )
+        ))
     return titles
 
 
-def _id_and_title(path: Path, line: int, fields: list[str]) -> tuple[str, str]:
-    """The two fields of a row; the title is stripped and may be empty."""
+def _rows(path: Path, fault: Fault) -> Iterator[tuple[int, list[str]]]:
+    """(line, fields) of every row. Each line is one: what a quote left open takes of the next lines
+    is a fault."""
+    source = numbered_lines(path, fault=fault)
+    lines: list[tuple[int, str]] = []  # as far as they were read
+
+    def texts(place: int) -> Iterator[str]:
+        while True:
+            if place == len(lines):
+                more = next(source, None)
+                if more is None:
+                    return
+                lines.append(more)
+            yield lines[place][1]
+            place += 1
+
+    place = 0
+    while True:
+        # strict: text after a closing quote is an error instead of being glued to the field
+        reader = csv.reader(texts(place), strict=True)
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            line, text = lines[place]
+            fault(InputError(
+                f"{path}:{line}: not csv ({error}); expected item,title, "
+                f"so close the quotes of a quoted title, double those inside it, "
+                f"and shorten a title of more than {csv.field_size_limit()} characters"
+            ))
+            place += 1
+            if "," in text:
+                yield line, text.split(",", 1)
+            continue
+        if fields is None:
+            return
+        line, _ = lines[place]
+        place += reader.line_num
+        if reader.line_num > 1:
+            fault(InputError(
+                f"{path}:{line}: the row runs on to line {lines[place - 1][0]}; "
+                f"expected one row a line, so close the quote or remove the break"
+            ))
+        yield line, fields
+
+
+def _id_and_title(
+    path: Path, line: int, fields: list[str], fault: Fault
+) -> tuple[str, str] | None:
+    """The two fields of a row; the title is stripped, in one spelling, and may be empty.
+
+    None where there is only one.
+    """
     if len(fields) != 2:
-        raise InputError(
+        fault(InputError(
             f"{path}:{line}: {len(fields)} fields {shown(fields)}; expected 2 (item,title), "
             f"so put a title with a comma in double quotes"
-        )
+        ))
+        return (fields[0], ",".join(fields[1:])) if len(fields) > 2 else None
     item, title = fields
     if not item or item.split() != [item]:
-        raise InputError(
+        fault(InputError(
             f"{path}:{line}: item id {shown(item)}; "
             f"expected a name without spaces, since histories separate ids by them"
-        )
-    return item, title.strip()
+        ))
+    return item, one_spelling(title.strip())
 
 
-def _facts(path: Path, facts: dict, name: str, any_image: bool) -> tuple[str, str]:
-    """Name and covers as dataset.json states them, checked against what is on disk."""
-    if not isinstance(facts, dict):
-        raise InputError(f"{path}: holds a {type(facts).__name__}; expected an object {{...}}")
-    name = facts.get("name", name)
-    if not isinstance(name, str) or not name or not name.isprintable():
-        raise InputError(
-            f"{path}: name is {shown(name)}; expected printable text, so mend dataset.json"
-        )
-    covers = facts.get("covers", "real" if any_image else "none")
+def _facts(path: Path, name: str, any_image: bool, fault: Fault) -> tuple[str, str]:
+    """Name and covers as dataset.json states them, checked against what is on disk.
+
+    name: what it is without that file.
+    """
+    covers = "real" if any_image else "none"
+    facts = _read_facts(path, fault)
+    if facts is None:
+        return name, covers
+    stated = facts.get("name", name)
+    if not isinstance(stated, str) or not stated or not stated.isprintable():
+        fault(InputError(
+            f"{path}: name is {shown(stated)}; expected printable text, so mend dataset.json"
+        ))
+        stated = name
+    covers = facts.get("covers", covers)
     if covers not in COVERS:
-        raise InputError(
+        fault(InputError(
             f"{path}: covers is {shown(covers)}; "
             f"expected one of {', '.join(COVERS)}, so mend dataset.json"
-        )
-    if any_image != (covers != "none"):
+        ))
+    elif any_image != (covers != "none"):
         state = "holds images of these items" if any_image else "holds no image of these items"
-        raise InputError(
+        fault(InputError(
             f"{path}: covers is {covers!r}, but images/ {state}; mend dataset.json or the folder"
-        )
-    return name, covers
+        ))
+    return stated, covers
+
+
+def _read_facts(path: Path, fault: Fault) -> dict[str, Any] | None:
+    """What dataset.json holds; None without it."""
+    if not path.exists():
+        return None
+    try:
+        facts = read_json(path)
+    except InputError as error:
+        fault(error)
+        return None
+    if not isinstance(facts, dict):
+        fault(InputError(
+            f"{path}: holds a {type(facts).__name__}; expected an object {{...}}"
+        ))
+        return None
+    return facts
 
 
 def data_hash(catalog: Catalog) -> str:

@@ -4,24 +4,47 @@ A data set from elsewhere must neither reach for other files of the machine nor 
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from hanorec.base.errors import InputError
+from hanorec.base.errors import Fault, InputError, refuse, shown
+from hanorec.datasets.lines import one_spelling
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Of images that are not read, a JPEG by a name of its own among them.
+OTHER_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jxl", ".svg",
+    ".tif", ".tiff",
+)  # fmt: skip
 MAX_BYTES = 32 * 2**20  # of an image file
 MAX_PIXELS = 40_000_000  # decoded: 120 MB of RGB
 MAX_ASPECT = 200  # longer to shorter side; Qwen's preprocessor takes no more
 
 
-def find_images(folder: Path, ids: Collection[str]) -> dict[str, Path]:
-    """Item id -> image file in `folder` whose stem is the id.
+# Told of a folder, the names of files in it, and why they are ignored.
+Ignored = Callable[[Path, Sequence[str], str], None]
 
-    Other names are ignored; a missing folder has none. `folder` itself may be a link.
+
+def say_ignored(folder: Path, names: Sequence[str], why: str) -> None:
+    """Count ignored files aloud, and name a few."""
+    few = ", ".join(shown(name) for name in names[:3])
+    rest = ", ..." if len(names) > 3 else ""
+    print(f"note: {len(names)} files in {folder} are ignored, {why}: {few}{rest}")
+
+
+def find_images(
+    folder: Path,
+    ids: Collection[str],
+    fault: Fault = refuse,
+    ignored: Ignored = say_ignored,
+) -> dict[str, Path]:
+    """Item id -> image file in `folder` whose stem is the id, in whichever spelling of Unicode.
+
+    Other names are ignored, and those that look like images are counted aloud; a missing folder has
+    none. `folder` itself may be a link.
 
     InputError: two files for one item, something that is no file, or a link that leads out of the
     folder.
@@ -30,36 +53,56 @@ def find_images(folder: Path, ids: Collection[str]) -> dict[str, Path]:
     if not os.path.lexists(folder):
         return found
     if not folder.is_dir():
-        raise InputError(
+        fault(InputError(
             f"{folder}: a file or a broken link; "
             f"expected a folder of images, or nothing of that name"
-        )
+        ))
+        return found
     home = folder.resolve()
+    spelt = {one_spelling(item): item for item in ids if not item.isascii()}
+    unread: list[str] = []  # names with the suffix of another kind of image, or of none
+    unknown: list[str] = []  # of no item
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         item, suffix = os.path.splitext(entry.name)
-        if suffix.lower() not in IMAGE_SUFFIXES or item not in ids:
+        if item not in ids:  # a file system may spell an accent in its own way
+            item = spelt.get(one_spelling(item), item)
+        if suffix.lower() not in IMAGE_SUFFIXES:
+            if suffix.lower() in OTHER_SUFFIXES or entry.name in ids:
+                unread.append(entry.name)
+            continue
+        if item not in ids:
+            unknown.append(entry.name)
             continue
         path = folder / entry.name
-        _check_entry(entry, path, home)
+        if not entry.is_file(follow_symlinks=False):
+            try:
+                check_entry(path, home)
+            except InputError as error:
+                fault(error)
         if item in found:
-            raise InputError(
+            fault(InputError(
                 f"{path}: item {item!r} also has {found[item].name}; "
                 f"expected one an item, so remove one"
-            )
+            ))
+            continue
         found[item] = path
+    if unread:
+        ignored(folder, unread, "no JPEG, PNG or WebP by their names; convert them")
+    if unknown:
+        ignored(folder, unknown, "of no item in the titles file")
     return found
 
 
-def _check_entry(entry: os.DirEntry, path: Path, home: Path) -> None:
+def check_entry(path: Path, home: Path) -> None:
     """`path` is a file, and not a link out of `home`."""
-    if entry.is_symlink():
+    if path.is_symlink():
         target = Path(os.path.realpath(path))
         if not target.is_relative_to(home):
             raise InputError(
                 f"{path}: a link to {target}, out of the image folder; "
                 f"expected the image itself, so copy it there"
             )
-    if not entry.is_file(follow_symlinks=False) and not path.is_file():
+    if not path.is_file():
         raise InputError(
             f"{path}: a broken link, a folder or a device; "
             f"expected an image file, so put it there or remove the entry"

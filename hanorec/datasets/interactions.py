@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hanorec.base.errors import InputError, shown
+from hanorec.base.errors import Fault, InputError, refuse, shown
 from hanorec.datasets.catalog import Catalog
 from hanorec.datasets.lines import numbered_lines
 
@@ -55,58 +55,71 @@ def _check_split(split: str) -> None:
         raise InputError(f"split {split!r}; expected 'val' or 'test'")
 
 
-def load_interactions(directory: Path, catalog: Catalog) -> Interactions:
+def load_interactions(
+    directory: Path, catalog: Catalog, fault: Fault = refuse
+) -> Interactions:
     """Read the three files of a native dataset. InputError names the file, the line, the value."""
     directory = Path(directory)
-    train = _read_split(directory / "train.tsv", catalog, None)
+    train = _read_split(directory / "train.tsv", catalog, None, fault)
     if not train:
-        raise InputError(
+        fault(InputError(
             f"{directory / 'train.tsv'}: no users; expected lines user<TAB>id id id ..."
-        )
-    val = _read_split(directory / "val.tsv", catalog, train)
-    test = _read_split(directory / "test.tsv", catalog, train)
+        ))
+    known = train or None
+    val = _read_split(directory / "val.tsv", catalog, known, fault)
+    test = _read_split(directory / "test.tsv", catalog, known, fault)
     return Interactions(train, val, test)
 
 
-def _read_split(path: Path, catalog: Catalog, train: dict[str, Rows] | None) -> dict[str, Rows]:
+def _read_split(
+    path: Path, catalog: Catalog, train: dict[str, Rows] | None, fault: Fault
+) -> dict[str, Rows]:
     """User -> rows of one file. train: the users that may occur, None = any."""
     users: dict[str, Rows] = {}
     row = catalog.row
-    for line, text in numbered_lines(path):
+    for line, text in numbered_lines(path, fault=fault):
         user, tab, rest = text.partition("\t")
         if not tab or "\t" in rest:
-            raise InputError(
+            fault(InputError(
                 f"{path}:{line}: {text.count(chr(9))} tabs in {shown(text)}; "
                 f"expected one, as in user<TAB>id id id ..."
-            )
+            ))
+            if not tab:
+                continue
         if not user.strip():
-            raise InputError(
+            fault(InputError(
                 f"{path}:{line}: empty user {shown(user)}; "
                 f"expected a name before the tab, so add it or remove the line"
-            )
+            ))
+            continue
         if user in users:
-            raise InputError(
+            fault(InputError(
                 f"{path}:{line}: user {shown(user)} has an earlier line; "
                 f"expected one line a user, so join them"
-            )
+            ))
+            continue
         items = rest.split()
         if not items:
-            raise InputError(
+            fault(InputError(
                 f"{path}:{line}: user {shown(user)} has no items (empty history); "
                 f"expected at least one, so add them or remove the line"
-            )
+            ))
         if train is not None and user not in train:
-            raise InputError(
+            fault(InputError(
                 f"{path}:{line}: user {shown(user)} has no line in train.tsv (empty history); "
                 f"expected one, so add it or remove the user here"
-            )
+            ))
+            continue
         try:
             users[user] = tuple(map(row.__getitem__, items))
-        except KeyError as error:
-            raise InputError(
-                f"{path}:{line}: unknown item id {shown(error.args[0])}; "
-                f"expected an id of the titles file: add it there or remove it here"
-            ) from None
+        except KeyError:
+            for item in dict.fromkeys(items):
+                if item not in row:
+                    fault(InputError(
+                        f"{path}:{line}: unknown item id {shown(item)}; "
+                        f"expected an id of the titles file: add it there or remove it here"
+                    ))
+            users[user] = tuple(row[item] for item in items if item in row)
     return users
 
 
@@ -177,11 +190,15 @@ def select_users(users: Iterable[str], start: float, stop: float, seed: int) -> 
     """
     if not 0 <= start < stop <= 1:
         raise InputError(
-            f"fraction [{start}, {stop}) of the users; expected 0 <= start < stop <= 1"
+            f"fraction [{start}, {stop}) of the users; expected 0 <= start < stop <= 1 "
+            f"of --users-from and --users-to"
         )
     ranked = sorted(set(users))  # sorted, so that file order does not matter
     order = np.random.default_rng(seed).permutation(len(ranked))
     chosen = order[round(start * len(ranked)) : round(stop * len(ranked))]
     if not len(chosen):
-        raise InputError(f"fraction [{start}, {stop}) of {len(ranked)} users is nobody; widen it")
+        raise InputError(
+            f"fraction [{start}, {stop}) of {len(ranked)} users is nobody; "
+            f"widen --users-from, --users-to"
+        )
     return [ranked[i] for i in chosen]

@@ -1,23 +1,26 @@
 """Text files read line by line, so that every complaint can name the file and the line."""
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from hanorec.base.errors import InputError
+from hanorec.base.errors import Fault, InputError, refuse
 
 BOM = b"\xef\xbb\xbf"
 MAX_LINE = 4 * 2**20  # bytes: a history of half a million items
-CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # all but the tab
+# C0 but the tab, C1, and the two separators of Unicode that break a line
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def numbered_lines(
     path: Path,
     encoding: str = "utf-8",
     progress: bool = False,
+    fault: Fault = refuse,
 ) -> Iterator[tuple[int, str]]:
     r"""Yield (line number from 1, text without its \n or \r\n).
 
@@ -26,7 +29,8 @@ def numbered_lines(
 
     InputError: the file cannot be opened, a line is longer than `MAX_LINE` (it is not read to its
     end), does not decode, or holds a control character: NUL, the codes that command a terminal,
-    line breaks of other kinds, which would end an item's line in a prompt.
+    line breaks of other kinds, which would end an item's line in a prompt. To go on behind that
+    see `hanorec.base.errors.refuse`; the text has stand-ins then.
     """
     path = Path(path)
     hidden = None if progress else True  # tqdm: None hides the bar where stderr is not a terminal
@@ -39,35 +43,79 @@ def numbered_lines(
             raw_lines = iter(partial(file.readline, MAX_LINE + 1), b"")
             for number, raw in enumerate(raw_lines, start=1):
                 if len(raw) > MAX_LINE:
-                    raise InputError(
+                    fault(InputError(
                         f"{path}:{number}: more than {MAX_LINE} bytes without a line break; "
                         f"expected lines of text: is it the right file?"
-                    )
+                    ))
+                    return
                 bar.update(len(raw))
                 if number == 1:
                     raw = raw.removeprefix(BOM)
-                yield number, _decode(path, number, raw, encoding)
+                yield number, _decode(path, number, raw, encoding, fault)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        fault(InputError(f"{path}: cannot be read ({error.strerror}); check the path"))
 
 
-def _decode(path: Path, number: int, raw: bytes, encoding: str) -> str:
+def _decode(path: Path, number: int, raw: bytes, encoding: str, fault: Fault) -> str:
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         value = f"byte 0x{raw[error.start]:02x} at position {error.start + 1}"
-        raise InputError(
+        fault(InputError(
             f"{path}:{number}: {value} is not {encoding}; save the file as {encoding}"
-        ) from None
+        ))
+        text = raw.decode(encoding, "replace")
     text = text.removesuffix("\n").removesuffix("\r")
     if found := CONTROL.search(text):
         known = {"\0": "NUL byte", "\r": "carriage return within the line"}
         kind = known.get(found[0], f"control character {found[0]!r}")
-        raise InputError(
+        fault(InputError(
             f"{path}:{number}: {kind} at position {found.start() + 1}; "
             f"expected text, so remove it or save the file again as plain text"
-        )
+        ))
+        text = CONTROL.sub("?", text)
     return text
+
+
+def text_encoding(path: Path) -> str:
+    """"utf-8", or "iso-8859-1" for a file with bytes that are no UTF-8; said if it matters.
+
+    For sources that are ISO-8859-1 as they were published, and UTF-8 once somebody saved them
+    again. It is one or the other for the whole file; one with a BOM is UTF-8.
+    """
+    path = Path(path)
+    utf_8 = others = 0  # lines that hold more than ASCII
+    marked = False
+    try:
+        with open(path, "rb") as file:
+            for number, raw in enumerate(iter(partial(file.readline, MAX_LINE + 1), b"")):
+                marked = marked or (number == 0 and raw.startswith(BOM))
+                if raw.isascii():
+                    continue
+                try:
+                    raw.decode("utf-8")
+                    utf_8 += 1
+                except UnicodeDecodeError:
+                    others += 1
+    except OSError:
+        return "utf-8"  # whoever reads the lines says so
+    encoding = "utf-8" if marked or not others else "iso-8859-1"
+    if utf_8 or others:
+        print(f"{path.name}: text beyond ASCII is read as {encoding.upper()}")
+    if utf_8 and others and not marked:
+        print(
+            f"note: {utf_8} of the {utf_8 + others} lines beyond ASCII in {path.name} are valid "
+            f"UTF-8, the others are not; save the file in one encoding if titles look wrong"
+        )
+    return encoding
+
+
+def one_spelling(text: str) -> str:
+    """The text in NFC.
+
+    So a letter with its accent as one character, and with the accent behind it, are one text.
+    """
+    return unicodedata.normalize("NFC", text)
 
 
 def only_file(directory: Path, *patterns: str) -> Path:

@@ -2,32 +2,36 @@ r"""MicroLens -> native layout. Covers come from --images (file stem = item id).
 
 *_pairs.csv     header user,item,timestamp (ms)     used when it is there: it states the times
 *_pairs.tsv     user<TAB>id id id ...               already in order
-*_titles.csv    or *_title_en.csv: item,title       no quoting: everything after the first comma
-                                                    is the title
+*_titles.csv    or *_title_en.csv: item,title       quoted as csv, as MicroLens-50k is, or not at
+                                                    all: then everything after the first comma is
+                                                    the title
 """
 
 from pathlib import Path
 
 from hanorec.base.command import run
 from hanorec.base.errors import InputError, shown
+from hanorec.datasets.fields import check_count, in_words, read_fields, split_fields
 from hanorec.datasets.lines import numbered_lines, only_file
 from hanorec.datasets.native import convert, parser
-from hanorec.datasets.raw import Log, add_title, split_fields
+from hanorec.datasets.raw import Log, add_title
 
 HEADER = "user,item,timestamp"
 
 
 def read_pairs_csv(path: Path) -> Log:
     log = Log()
-    for line, text in numbered_lines(path, progress=True):
+    _, rows = read_fields(path, ",", 3, progress=True)
+    for line, fields in rows:
         if line == 1:
-            if text != HEADER:
+            header = ",".join(fields)
+            if header != HEADER:
                 raise InputError(
-                    f"{path}:1: header {shown(text)}; expected {HEADER!r}, so mend the file"
+                    f"{path}:1: header {shown(header)}; expected {HEADER!r}, so mend the file"
                 )
             continue
-        user, item, time = split_fields(path, line, text, ",", 3, HEADER)
-        log.add(path, line, user, item, time)
+        check_count(path, line, fields, ",", 3, HEADER)
+        log.add(path, line, *fields)
     return log
 
 
@@ -45,32 +49,33 @@ def read_pairs_tsv(path: Path) -> Log:
     return log
 
 
-def read_titles(path: Path) -> tuple[dict[str, str], bool]:
-    """Item id -> title, and whether the first line was a header.
+def read_titles(path: Path) -> tuple[dict[str, str], bool, bool]:
+    """Item id -> title, whether the first line was a header, and whether titles were quoted.
 
     Ids are digits, so a first line without one is a header.
     """
     titles: dict[str, str] = {}
     has_header = False
-    for line, text in numbered_lines(path):
-        item, comma, title = text.partition(",")
-        if not comma:
+    quoted, rows = read_fields(path, ",", 2, rest=True)
+    for line, fields in rows:
+        if len(fields) != 2:
             raise InputError(
-                f"{path}:{line}: no comma in {shown(text)}; "
+                f"{path}:{line}: no comma in {shown(fields[0])}; "
                 f"expected item,title, so mend or remove the line"
             )
+        item, title = fields
         if line == 1 and not item.isdigit():
             has_header = True
             continue
         add_title(titles, path, line, item, title)
-    return titles, has_header
+    return titles, has_header, quoted
 
 
 def main(argv: list[str] | None = None) -> None:
     about = "MicroLens: *_pairs.csv or *_pairs.tsv, *_titles.csv or *_title_en.csv"
     args = parser("microlens", about).parse_args(argv)
     titles_path = only_file(args.raw, "*_titles.csv", "*_title_en.csv")
-    titles, has_header = read_titles(titles_path)
+    titles, has_header, quoted = read_titles(titles_path)
     if any(args.raw.glob("*_pairs.csv")):
         pairs = only_file(args.raw, "*_pairs.csv")
         log = read_pairs_csv(pairs)
@@ -82,8 +87,10 @@ def main(argv: list[str] | None = None) -> None:
         "files": [pairs.name, titles_path.name],
         "titles_header": has_header,
     }
+    if quoted:
+        source["titles_quoted"] = True
     header = "with a header" if has_header else "without a header"
-    print(f"read {pairs.name} and {titles_path.name} ({header})")
+    print(f"read {pairs.name} and {titles_path.name} ({header}, {in_words(quoted)})")
     convert(args, log, titles, {}, pairs.stem.removesuffix("_pairs"), source)
 
 

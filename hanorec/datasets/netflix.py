@@ -3,8 +3,9 @@ r"""Netflix Prize -> native layout.
 The raw files are read as streams; see --max-users for machines with little memory.
 
     combined_data_1.txt ... _4.txt      MovieID:, then lines CustomerID,Rating,YYYY-MM-DD
-    movie_titles.csv                    id,year,title; ISO-8859-1, no quoting: a title may hold
-                                        commas
+    movie_titles.csv                    id,year,title; as published it is ISO-8859-1 and not
+                                        quoted, and a title may hold commas; saved again as UTF-8,
+                                        or quoted as csv, it is read as what it is
 
 A date is all the time there is, and the files go movie by movie, so the ratings of one day are in
 order of movie id.
@@ -19,9 +20,10 @@ import numpy as np
 
 from hanorec.base.command import run
 from hanorec.base.errors import InputError, shown
-from hanorec.datasets.lines import numbered_lines
+from hanorec.datasets.fields import in_words, read_fields, split_fields
+from hanorec.datasets.lines import numbered_lines, text_encoding
 from hanorec.datasets.native import convert, parser
-from hanorec.datasets.raw import Log, add_title, split_fields
+from hanorec.datasets.raw import Log, add_title
 
 
 def read_ratings(paths: list[Path]) -> Iterator[tuple[Path, int, str, str, str, str]]:
@@ -72,18 +74,18 @@ def sample_users(paths: list[Path], count: int, seed: int) -> set[str]:
     return {users[i] for i in order[:count]}
 
 
-def read_titles(path: Path) -> dict[str, str]:
-    """Item id -> title."""
+def read_titles(path: Path) -> tuple[dict[str, str], bool]:
+    """Item id -> title, and whether titles were quoted."""
     titles: dict[str, str] = {}
-    for line, text in numbered_lines(path, "iso-8859-1"):
-        fields = text.split(",", 2)
+    quoted, rows = read_fields(path, ",", 3, text_encoding(path), rest=True)
+    for line, fields in rows:
         if len(fields) != 3:
             raise InputError(
-                f"{path}:{line}: {len(fields)} fields in {shown(text)}; "
+                f"{path}:{line}: {len(fields)} fields in {shown(','.join(fields))}; "
                 f"expected id,year,title, so mend the line"
             )
         add_title(titles, path, line, fields[0], fields[2])
-    return titles
+    return titles, quoted
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,9 +106,12 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.raw}: no file combined_data_*.txt; "
             f"expected those of the Netflix Prize, so check the path"
         )
-    titles = read_titles(args.raw / "movie_titles.csv")
+    titles, quoted = read_titles(args.raw / "movie_titles.csv")
+    print(f"read movie_titles.csv ({in_words(quoted)})")
     files = [path.name for path in paths] + ["movie_titles.csv"]
     source = {"format": "Netflix Prize", "files": files}
+    if quoted:
+        source["titles_quoted"] = True
     users = None
     if args.max_users is not None:
         users = sample_users(paths, args.max_users, args.seed)

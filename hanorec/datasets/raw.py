@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hanorec.base.errors import InputError, shown
+from hanorec.datasets.lines import one_spelling
 
 MIN_ITEMS = 3  # train, val and test take at least one each
 
@@ -77,21 +78,8 @@ def number(path: Path, line: int, kind: str, text: str | float) -> float:
     return value
 
 
-def split_fields(
-    path: Path, line: int, text: str, separator: str, count: int, what: str
-) -> list[str]:
-    """The `count` fields of a line; `what` describes them in the error."""
-    fields = text.split(separator)
-    if len(fields) != count:
-        raise InputError(
-            f"{path}:{line}: {len(fields)} fields in {shown(text)}; expected {count} ({what}), "
-            f"so mend or remove the line"
-        )
-    return fields
-
-
 def add_title(titles: dict[str, str], path: Path, line: int, item: str, title: str) -> None:
-    """Set the title of a new item.
+    """Set the title of a new item, in one spelling.
 
     InputError names path:line where the id or the title is empty, or the id is not new.
     """
@@ -106,7 +94,7 @@ def add_title(titles: dict[str, str], path: Path, line: int, item: str, title: s
             f"{path}:{line}: item {shown(item)} has an empty title; "
             f"expected text, so add one or remove the line"
         )
-    titles[item] = title.strip()
+    titles[item] = one_spelling(title.strip())
 
 
 def split(
@@ -188,6 +176,6 @@ def _few(users: list[str], user: np.ndarray, min_items: int | None) -> np.ndarra
     if few.all():
         raise InputError(
             f"none of the {len(users)} users has {min_items or MIN_ITEMS} interactions; "
-            f"lower the filters"
+            f"lower --min-rating or --min-items"
         )
     return few

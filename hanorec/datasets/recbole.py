@@ -1,6 +1,6 @@
 r"""RecBole's atomic files (.inter, .item) -> native layout.
 
-Both are tab separated, without quoting; the header types each column, as in
+Both are tab separated, quoted as csv or not at all; the header types each column, as in
 user_id:token<TAB>timestamp:float. Text (token_seq) is words separated by spaces, so a genre field
 becomes one genre a word.
 """
@@ -10,9 +10,10 @@ from pathlib import Path
 
 from hanorec.base.command import run
 from hanorec.base.errors import InputError, shown
-from hanorec.datasets.lines import numbered_lines, only_file
+from hanorec.datasets.fields import check_count, in_words, read_fields
+from hanorec.datasets.lines import only_file
 from hanorec.datasets.native import convert, parser
-from hanorec.datasets.raw import Log, add_title, split_fields
+from hanorec.datasets.raw import Log, add_title
 
 FIELDS = {  # option -> the columns it looks for: the first that is there counts
     "user": "user_id",
@@ -28,9 +29,8 @@ def read_rows(
     path: Path, progress: bool = False
 ) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """The column names, and an iterator over (line number, fields)."""
-    lines = numbered_lines(path, progress=progress)
-    _, first = next(lines, (1, ""))
-    header = first.split("\t")
+    quoted, rows = read_fields(path, "\t", None, progress=progress)
+    _, header = next(rows, (1, [""]))
     names = []
     for field in header:
         name, _, kind = field.partition(":")
@@ -40,11 +40,18 @@ def read_rows(
                 f"expected typed columns such as user_id:token, separated by tabs"
             )
         names.append(name)
+    print(f"read {path.name} ({in_words(quoted)})")
+    return names, _counted(path, names, rows)
+
+
+def _counted(
+    path: Path, names: list[str], rows: Iterator[tuple[int, list[str]]]
+) -> Iterator[tuple[int, list[str]]]:
+    """The rows, each with a field for each column."""
     what = ", ".join(names)
-    rows = (
-        (line, split_fields(path, line, text, "\t", len(names), what)) for line, text in lines
-    )
-    return names, rows
+    for line, fields in rows:
+        check_count(path, line, fields, "\t", len(names), what)
+        yield line, fields
 
 
 def column(path: Path, names: list[str], wanted: str, option: str) -> int:

@@ -13,9 +13,16 @@ from safetensors.torch import save
 from torch import nn
 
 from hanorec.base.distributed import rank
-from hanorec.base.files import write_bytes, write_json
+from hanorec.base.files import write_bytes, write_json, write_text
+from hanorec.lora.card import adapter_card
 from hanorec.lora.layer import lora_layers
-from hanorec.lora.stack import base_fingerprint, weights_by_key
+from hanorec.lora.stack import (
+    base_fingerprint,
+    checkpoint_fingerprint,
+    scales_below,
+    stacked,
+    weights_by_key,
+)
 
 NO_PART_OF_A_POLICY = (
     "log.jsonl", "run.json", "pairs.tsv", "reference.safetensors", "checkpoint-*", "*.png"
@@ -25,7 +32,7 @@ NO_PART_OF_A_POLICY = (
 def save_adapter(model: nn.Module, directory: str | Path, base: str, **facts: Any) -> None:
     """Write the top adapter. All ranks call it, rank 0 writes.
 
-    adapter_model.safetensors, hanorec.json, and adapter_config.json last, as the mark of
+    adapter_model.safetensors, hanorec.json, README.md, and adapter_config.json last, as the mark of
     completeness.
 
     Args:
@@ -36,6 +43,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str, **facts: An
     if not layers:
         raise ValueError("save_adapter: the model has no LoRA layer; call add_lora first")
     top, stands_on = next(iter(layers.values())), base_fingerprint(model)
+    base_sha256 = checkpoint_fingerprint(model)
     if rank() > 0:
         return
     tensors = {
@@ -48,8 +56,13 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str, **facts: An
         **facts,
         "base": base,
         "stands_on": stands_on,
+        "base_sha256": base_sha256,
+        "scales_below": scales_below(top),
         "adapter_sha256": digest,
     })
+    alpha, whole = top.scale * top.r, (directory / "below").exists()
+    card = adapter_card(base, [layer.r for layer in stacked(top)], alpha, whole, facts)
+    write_text(directory / "README.md", card)
     leaves = sorted({path.rpartition(".")[2] for path in layers})
     stem = re.escape(_common_prefix(list(layers)))
     write_json(directory / "adapter_config.json", {
@@ -57,7 +70,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str, **facts: An
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": top.r,
-        "lora_alpha": top.scale * top.r,
+        "lora_alpha": alpha,
         "lora_dropout": top.dropout,
         "bias": "none",
         "fan_in_fan_out": False,

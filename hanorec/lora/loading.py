@@ -4,87 +4,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hanorec.base.errors import InputError, shown
 from hanorec.base.files import read_object, sha256
-from hanorec.lora.layer import LoRALinear, add_lora, lora_layers
-from hanorec.lora.stack import base_fingerprint, weights_by_key
-
-PLAIN_LORA = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "use_dora": False,
-    "use_rslora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-}
-
-
-def adapter_config(directory: str | Path) -> dict[str, Any]:
-    """The checked adapter_config.json of a directory.
-
-    InputError for a variant of LoRA that this code does not compute.
-    """
-    path = Path(directory) / "adapter_config.json"
-    config = read_object(path)
-    for key, value in PLAIN_LORA.items():
-        if (config.get(key) or None) != (value or None):
-            raise InputError(
-                f"{path}: {key} = {shown(config.get(key))}, expected {value!r}; only plain LoRA is "
-                "supported"
-            )
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    dropout = config.get("lora_dropout") or 0.0
-    numbers = _is_number(r) and _is_number(alpha) and _is_number(dropout)
-    if not (numbers and isinstance(r, int) and r >= 1 and alpha > 0 and 0 <= dropout < 1):
-        raise InputError(
-            f"{path}: r = {shown(r)}, lora_alpha = {shown(alpha)}, lora_dropout = "
-            f"{shown(dropout)}, expected numbers: a whole r from 1, lora_alpha above 0, "
-            "lora_dropout from 0 to below 1; remake the file"
-        )
-    return config
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) < 2**31  # so not NaN
-
-
-def read_tensors(directory: str | Path, r: int) -> dict[str, Tensor]:
-    """The tensors of an adapter of rank r.
-
-    The rank is checked on them, before a model is given layers of a size that a file dictates.
-    """
-    path = Path(directory) / "adapter_model.safetensors"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; is {directory} an adapter folder?")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise InputError(
-            f"{path}: not a whole safetensors file ({error}); save the adapter again"
-        ) from None
-    keys = [key for key in tensors if key.endswith("lora_A.weight")]
-    shapes = [(key, tuple(tensors[key].shape)) for key in keys] or [("no lora_A.weight", ())]
-    for key, shape in shapes:
-        if shape[:1] != (r,):
-            raise InputError(
-                f"{path}: {key} of shape {shape}, expected ({r}, ...) as adapter_config.json says; "
-                "the two files are of adapters of different rank: copy them again"
-            )
-    return tensors
+from hanorec.lora.folder import adapter_config, check_tensor_file, read_tensors
+from hanorec.lora.layer import LoRALinear, add_lora, language_model, lora_layers
+from hanorec.lora.stack import (
+    base_fingerprint,
+    checkpoint_fingerprint,
+    scales_below,
+    weights_by_key,
+)
 
 
 def attach_adapter(model: nn.Module, directory: str | Path) -> None:
     """Stack the saved adapter on top of the model, as its own rank and alpha say, and load it."""
     config = adapter_config(directory)
-    read_tensors(directory, config["r"])
+    check_tensor_file(directory, config["r"])
     add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0)
     load_adapter(model, directory)
 
@@ -107,10 +44,12 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     if not layers:
         return attach_adapter(model, directory)
     config = adapter_config(directory)
-    tensors = read_tensors(directory, config["r"])
+    tensors = _named_as_now(model, directory, read_tensors(directory, config["r"]))
     _check_origin(model, directory)
     _check_scale(layers, directory, config)
-    _check_tensors(layers, directory / "adapter_model.safetensors", tensors)
+    path = directory / "adapter_model.safetensors"
+    _check_names(model, path, tensors)
+    _check_tensors(layers, path, tensors)
     with torch.no_grad():
         for key, parameter in weights_by_key(layers).items():
             parameter.copy_(tensors[key])
@@ -137,6 +76,20 @@ def _check_origin(model: nn.Module, directory: Path) -> None:
             "another adapter below it; load that base, and the adapters in the order in which they "
             "were trained"
         )
+    # Adapters of earlier versions do not state it.
+    if facts.get("base_sha256") not in (None, checkpoint_fingerprint(model)):
+        raise InputError(
+            f"{directory}: this adapter was trained on another base ({facts.get('base')}): weights "
+            "of the vision tower, embeddings, norms or head are others, or linears in part; load "
+            "that base"
+        )
+    scales = scales_below(next(iter(lora_layers(model).values())))
+    if facts.get("scales_below") not in (None, scales):
+        raise InputError(
+            f"{directory}: this adapter was trained on adapters of scale "
+            f"{shown(facts['scales_below'])}, those below it have {scales}: lora_alpha was changed "
+            "in an adapter_config.json below it; load the adapter that it was trained on"
+        )
 
 
 def _check_scale(layers: dict[str, LoRALinear], directory: Path, config: dict[str, Any]) -> None:
@@ -149,22 +102,68 @@ def _check_scale(layers: dict[str, LoRALinear], directory: Path, config: dict[st
             )
 
 
-def _check_tensors(layers: dict[str, LoRALinear], path: Path, tensors: dict[str, Tensor]) -> None:
-    """Every weight of the layers has a tensor of its shape, of finite floats; none is left over."""
+# What stood before "layers" in the names of 2024, of LLaVA-NeXT and of Qwen2-VL. An adapter of the
+# language model by itself has the second, too, and computes the same on it here.
+OLDER_STEMS = ("language_model.model.", "model.")
+
+
+def _named_as_now(
+    model: nn.Module, directory: Path, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors by the names of this model's layers, where they have older ones."""
+    expected = weights_by_key(lora_layers(model)).keys()
+    (stem,) = [path for path, part in model.named_modules() if part is language_model(model)]
+    for older in OLDER_STEMS:
+        old, new = (f"base_model.model.{path}layers." for path in (older, f"{stem}."))
+        renamed = {}
+        for key, tensor in tensors.items():
+            renamed[new + key.removeprefix(old) if key.startswith(old) else key] = tensor
+        certain = len(renamed) == len(tensors) and not expected & tensors.keys()
+        if certain and expected & renamed.keys():
+            if renamed.keys() == expected:
+                print(
+                    f"note: {directory}: its tensors have older names, {old}..., all of which are "
+                    f"read as {new}..."
+                )
+            return renamed
+    return tensors
+
+
+def _check_names(model: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:
+    """InputError where a weight of the adapter has no tensor, or a tensor no place."""
+    layers = lora_layers(model)
     expected = weights_by_key(layers)
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
-        raise InputError(
-            f"{path}: {len(missing)} tensors are missing, e.g. {missing[0]}; the adapter is of "
-            "another base model"
-        )
+        present = expected.keys() & tensors.keys()
+        reason = "the adapter is of another base model"
+        adapted = {key.rpartition(".lora_")[0] for key in present}
+        if len(present) == 2 * len(adapted) > 0:  # A and B of each
+            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in adapted}))
+            reason = (
+                f"it adapts {len(adapted)} of the {len(layers)} linears of the language model "
+                f"({leaves}), expected all; train one on all of them (target_modules), or use the "
+                "base that it is of, if this is another base model"
+            )
+        raise InputError(f"{path}: {len(missing)} tensors are missing, e.g. {missing[0]}; {reason}")
     extra = sorted(tensors.keys() - expected.keys())
     if extra:
+        reason = "the adapter is of another base model"
+        modules = dict(model.named_modules())
+        module = extra[0].removeprefix("base_model.model.").rpartition(".lora_")[0]
+        if module and (module in modules or f"model.{module}" in modules):
+            reason = (
+                f"{module} is no linear of the language model, which are all that this code "
+                "adapts; train one on them alone (target_modules)"
+            )
         raise InputError(
-            f"{path}: {len(extra)} tensors have no place in this model, e.g. {extra[0]}; the "
-            "adapter is of another base model"
+            f"{path}: {len(extra)} tensors have no place in this model, e.g. {extra[0]}; {reason}"
         )
-    for key, parameter in expected.items():
+
+
+def _check_tensors(layers: dict[str, LoRALinear], path: Path, tensors: dict[str, Tensor]) -> None:
+    """Every tensor has the shape of its weight, and finite floats."""
+    for key, parameter in weights_by_key(layers).items():
         found = tensors[key]
         if found.shape != parameter.shape or not found.is_floating_point():
             raise InputError(

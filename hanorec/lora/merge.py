@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from hanorec.lora.layer import LoRALinear, lora_layers
-from hanorec.lora.stack import replace_module
+from hanorec.lora.stack import replace_module, stacked
 
 
 @torch.no_grad()
@@ -14,9 +14,7 @@ def collapse_adapters(model: nn.Module) -> None:
     A = [A1; A2], B = [s1 B1, s2 B2], bottom first, with scale 1, so r = alpha = r1 + r2.
     """
     for path, top in lora_layers(model).items():
-        stack = [top]
-        while isinstance(stack[-1].base, LoRALinear):
-            stack.append(stack[-1].base)
+        stack = stacked(top)
         r = sum(layer.r for layer in stack)
 
         one = LoRALinear(stack[-1].base, r, r, top.dropout)

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 from hanorec.base.errors import InputError, brief
 from hanorec.lora.layer import language_model
+from hanorec.mllm.template import Turn, is_marker, read_turn
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_next")  # config.model_type
 
@@ -68,15 +69,39 @@ class Backbone:
         return self.config.image_token_id
 
     @cached_property
-    def inside_tokens(self) -> re.Pattern:
-        """Matches, with no width, after the first character of each added token that the
-        tokenizer does not call special."""
+    def turn(self) -> Turn:
+        """What the chat template writes around a question and its answer, as `read_turn` says."""
+        return read_turn(self.path, self.tokenizer, self.template, self._text(self.image_token))
+
+    @cached_property
+    def markers(self) -> dict[int, str]:
+        """Token -> text of what opens or closes a turn or an image: titles must not have it."""
+        start, end = self.around_image()
+        always = {*start, self.image_token, *end, self.tokenizer.eos_token_id}
+        found = {}
+        for number, token in self.tokenizer.added_tokens_decoder.items():
+            if number in always or is_marker(token, self.template):
+                found[number] = token.content
+        return found
+
+    @cached_property
+    def inside_markers(self) -> re.Pattern:
+        """Matches, with no width, after the first character of each marker's text."""
         places = []
-        for token in self.tokenizer.added_tokens_decoder.values():
-            text = token.content
-            if not token.special and len(text) > 1:
+        for text in self.markers.values():
+            if len(text) > 1:
                 places.append(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})")
         return re.compile("|".join(places) or "(?!)")  # (?!) never matches
+
+    @cached_property
+    def image_text(self) -> str:
+        """What stands for an image in a prompt before it is tokenized, with a single placeholder.
+        """
+        start, end = self.around_image()
+        return "".join(map(self._text, (*start, self.image_token, *end)))
+
+    def _text(self, token: int) -> str:
+        return self.tokenizer.convert_ids_to_tokens(token)
 
     def around_image(self) -> tuple[list[int], list[int]]:
         """The tokens before and after an image's placeholders."""

@@ -65,7 +65,7 @@ def feature_facts(backbone: Backbone, catalog: Catalog) -> dict[str, Any]:
         "config": {name: value for name, value in config.items() if name not in left_out},
         "image_processor": processor.to_dict() | {"class": type(processor).__name__},
         "weights_sha256": _tower_sha256(backbone.model),
-        "images_sha256": _images_sha256(catalog),
+        "images_sha256": images_sha256(catalog),
     }
     return json.loads(json.dumps(facts))  # as the file will state them: lists for tuples
 
@@ -81,8 +81,18 @@ def _tower_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def images_sha256(catalog: Catalog) -> str:
+    """Of every item's id with the hash of its image. The ranks divide the images.
+
+    Kept with the catalogue, so that a command reads the images once for it.
+    """
+    kept = vars(catalog)
+    if "images_sha256" not in kept:
+        kept["images_sha256"] = _images_sha256(catalog)
+    return kept["images_sha256"]
+
+
 def _images_sha256(catalog: Catalog) -> str:
-    """Of every item's id with the hash of its image. The ranks divide the images."""
     images = []
     for item, path in zip(catalog.ids, catalog.images, strict=True):
         if path is not None:

@@ -7,16 +7,21 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    ProcessorMixin,
 )
+
+# Before 5.18 its name in transformers itself asks for torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hanorec.base.distributed import rank, usable_device, world_size
 from hanorec.base.errors import InputError, brief
 from hanorec.mllm.backbone import FAMILIES, Backbone, use_segment_attention
 from hanorec.mllm.sharding import divided
+from hanorec.mllm.spellings import pixel_limits, read_config
+from hanorec.mllm.template import choose_template
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that a weight may have
 SAFE = {"trust_remote_code": False}
@@ -77,7 +82,7 @@ def read_model(path: str, dtype: torch.dtype) -> nn.Module:
 
     InputError as in `load_backbone`.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if folder.exists() and not (folder / "config.json").exists():
         raise InputError(
             f"{path}: no config.json in it, expected a checkpoint folder as save_pretrained writes "
@@ -86,7 +91,12 @@ def read_model(path: str, dtype: torch.dtype) -> nn.Module:
     try:
         check_stored_types(folder)
         model, loading = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **SAFE
+            path,
+            config=read_config(path),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **SAFE,
         )
     except InputError:
         raise
@@ -125,6 +135,11 @@ def check_every_weight(path: str, loading: dict[str, Any]) -> None:
     """InputError where files and model do not hold the same weights. loading: what Transformers
     says of it."""
     missing = sorted(loading["missing_keys"])
+    if missing == ["lm_head.weight"]:
+        raise InputError(
+            f"{path}: lm_head.weight is missing, and config.json does not say that the embeddings "
+            "serve as it (tie_word_embeddings), expected one of the two; copy the checkpoint again"
+        )
     if missing:  # Transformers would draw them at random and only warn
         raise InputError(
             f"{path}: {len(missing)} weights are missing, e.g. {missing[0]}, expected a whole "
@@ -144,8 +159,8 @@ def check_every_weight(path: str, loading: dict[str, Any]) -> None:
 
 
 def read_processors(path: str, model: nn.Module, max_pixels: int) -> tuple[Any, Any, str | None]:
-    """Tokenizer, image processor and chat template, if there is one. Images are limited to
-    max_pixels."""
+    """Tokenizer, image processor and chat template, if there is one: the processor's, which may be
+    a file of its own, before the tokenizer's. Images are limited to max_pixels."""
     read = _llava_processors if model.config.model_type == "llava_next" else _qwen_processors
     try:
         return read(path, model, max_pixels)
@@ -163,7 +178,7 @@ def _llava_processors(path: str, model: nn.Module, max_pixels: int) -> tuple[Any
     """
     processor = AutoProcessor.from_pretrained(path, **SAFE)
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
-    template = processor.chat_template or tokenizer.chat_template
+    template = choose_template(path, processor.chat_template, tokenizer)
     tilings = sorted(model.config.image_grid_pinpoints, key=lambda size: size[0] * size[1])
     kept = [size for size in tilings if size[0] * size[1] <= max_pixels] or tilings[:1]
     pinpoints = [list(size) for size in kept]
@@ -174,17 +189,21 @@ def _llava_processors(path: str, model: nn.Module, max_pixels: int) -> tuple[Any
 def _qwen_processors(path: str, model: nn.Module, max_pixels: int) -> tuple[Any, Any, str | None]:
     """The parts of Qwen's processor: the whole needs torchvision, for video."""
     tokenizer = AutoTokenizer.from_pretrained(path, **SAFE)
-    image_processor = AutoImageProcessor.from_pretrained(path, **SAFE)
+    limits = pixel_limits(path)
+    size = {"size": limits} if limits else {}
+    image_processor = AutoImageProcessor.from_pretrained(path, **size, **SAFE)
     unit = (image_processor.patch_size * image_processor.merge_size) ** 2  # pixels behind one token
     if max_pixels < unit:
         raise InputError(
             f"max_pixels = {max_pixels}: one token of {path} covers {unit} pixels; allow at least "
-            "that many"
+            "that many with --max-pixels"
         )
     own = image_processor.size  # both are areas, whatever their names say
     edges = ("shortest_edge", "longest_edge")
     image_processor.size = {edge: min(own[edge], max_pixels) for edge in edges}
-    return tokenizer, image_processor, tokenizer.chat_template
+    of_processor, _ = ProcessorMixin.get_processor_dict(path)
+    template = choose_template(path, of_processor.get("chat_template"), tokenizer)
+    return tokenizer, image_processor, template
 
 
 def check_tokenizer(path: str, model: nn.Module, tokenizer: Any) -> None:

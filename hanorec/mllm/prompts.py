@@ -6,13 +6,12 @@ one for each candidate.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from typing import Any
 
-from jinja2 import TemplateError
 from torch import Tensor
 
-from hanorec.base.errors import InputError
+from hanorec.base.errors import InputError, shown
 from hanorec.datasets.catalog import Catalog
 from hanorec.mllm.backbone import Backbone, ImageFeatures, prompt_positions
 
@@ -25,9 +24,6 @@ TITLE_ALONE = "Answer with the title alone."
 YES, NO = "Yes", "No"
 WHETHER = "Does the user choose this item next?\n"
 YES_OR_NO = f"Answer {YES} or {NO}."
-
-# Stands for the user's turn while the chat template is rendered; a private-use character.
-SLOT = "\ue000"
 
 
 # ---- texts ----
@@ -65,69 +61,76 @@ def listed(catalog: Catalog, rows: Sequence[int], images: bool = True) -> list[P
 
 
 # ---- tokens ----
+#
+# A prompt is tokenized in one piece, as Transformers does it. Untrusted text is cut inside of all
+# that the tokenizer would read as a marker, so that a title cannot open a turn or an image; what
+# stands behind a cut is another piece.
 
 
 def text_ids(backbone: Backbone, text: str) -> list[int]:
-    """Tokens of untrusted text: what looks like a special token in it is spelt out, so a title
-    cannot open a turn or an image.
-
-    Some checkpoints have markers of turns among their tokens that are not called special; the text
-    is cut within those.
-    """
-    encode = backbone.tokenizer.encode
-    ids: list[int] = []
-    for piece in backbone.inside_tokens.split(text):
-        ids += encode(piece, add_special_tokens=False, split_special_tokens=True)
-    return ids
+    """Tokens of an untrusted text that stands alone."""
+    return _tokens(backbone, _with_text(backbone, [""], text), add_tokens=False)
 
 
 def answer_ids(backbone: Backbone, text: str) -> list[int]:
-    """Tokens of an answer, end-of-turn included."""
-    return [*text_ids(backbone, text), backbone.tokenizer.eos_token_id]
-
-
-def turn(backbone: Backbone) -> tuple[list[int], list[int]]:
-    """Tokens before and after the user's text, up to where the assistant's answer starts, from the
-    chat template if there is one.
-
-    InputError where the template is broken, or is no frame around one text.
+    """Tokens of an answer as the assistant's turn has it, from the prompt's end to the end token.
     """
-    tokenizer = backbone.tokenizer
-    if backbone.template is None:
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return [*start, *text_ids(backbone, "User: ")], text_ids(backbone, "\nAssistant: ")
-    for content in (SLOT, [{"type": "text", "text": SLOT}]):  # text models: a string, LLaVA: a list
-        rendered = _rendered(backbone, content)
-        if rendered is None or rendered.count(SLOT) != 1 or "'type'" in rendered:
-            continue
-        before, after = rendered.split(SLOT)
-        before = tokenizer.encode(before, add_special_tokens=False)
-        after = tokenizer.encode(after, add_special_tokens=False)
-        if backbone.image_token in before or backbone.image_token in after:
-            break
-        return before, after
-    raise InputError(
-        f"{backbone.path}: its chat template does not render the user's text once and without an "
-        "image of its own, expected a template that does; is it the template of another model?"
-    )
+    turn = backbone.turn
+    pieces = _with_text(backbone, [turn.lead], text)
+    pieces[-1] += turn.ending
+    ids = _tokens(backbone, [turn.opening + pieces[0], *pieces[1:]], turn.add_tokens)
+    known = list(turn.prompt)
+    if ids[: len(known)] == known:
+        ids = ids[len(known) :]
+    else:  # a token reaches from the prompt into the answer, but the prompt is fixed
+        ids = _going_on(backbone, pieces)
+    of_turn = _count_markers(backbone, turn.whole) - _count_markers(backbone, known)
+    _check_markers(backbone, ids, of_turn, f"the title {shown(text)}")
+    return ids
 
 
-def _rendered(backbone: Backbone, content: Any) -> str | None:
-    """The chat template around a user's message; None where it refuses this form of content."""
-    message = {"role": "user", "content": content}
-    try:
-        return backbone.tokenizer.apply_chat_template(
-            [message], chat_template=backbone.template, tokenize=False, add_generation_prompt=True
-        )
-    except (TemplateError, TypeError):  # a template may refuse the form that it is not made for
-        return None
-    # 1 / 0, a range of 10^9, a macro that calls itself
-    except (ValueError, ArithmeticError, RecursionError, LookupError, AttributeError) as error:
+def _with_text(backbone: Backbone, pieces: list[str], text: str) -> list[str]:
+    """The pieces with an untrusted text put to their end."""
+    first, *rest = backbone.inside_markers.split(text)
+    return [*pieces[:-1], pieces[-1] + first, *rest]
+
+
+def _tokens(backbone: Backbone, pieces: Sequence[str], add_tokens: bool) -> list[int]:
+    """Tokens of a text in pieces, with the tokenizer's own if they are to be added."""
+    first = backbone.tokenizer.encode(pieces[0], add_special_tokens=add_tokens)
+    return first + _going_on(backbone, pieces[1:])
+
+
+def _going_on(backbone: Backbone, pieces: Sequence[str]) -> list[int]:
+    """Tokens of pieces from the middle of a text.
+
+    Each is tokenized behind a line break, so that no tokenizer takes it for a beginning and puts
+    its space before it.
+    """
+    encode = partial(backbone.tokenizer.encode, add_special_tokens=False)
+    ids: list[int] = []
+    line_break = encode("\n")
+    for piece in pieces:
+        behind = encode("\n" + piece)
+        apart = behind[: len(line_break)] == line_break
+        ids += behind[len(line_break) :] if apart else encode(piece)
+    return ids
+
+
+def _count_markers(backbone: Backbone, ids: Sequence[int]) -> int:
+    unknown = backbone.tokenizer.unk_token_id  # is any character that the vocabulary lacks
+    return sum(token in backbone.markers and token != unknown for token in ids)
+
+
+def _check_markers(backbone: Backbone, ids: Sequence[int], expected: int, where: str) -> None:
+    """InputError where the tokenizer has found markers in untrusted text all the same, say because
+    it changes letters before it looks for them."""
+    found = _count_markers(backbone, ids)
+    if found != expected:
         raise InputError(
-            f"{backbone.path}: its chat template cannot be rendered "
-            f"({type(error).__name__}: {error}), expected one that renders a user's message; copy "
-            "the template of the same checkpoint"
-        ) from None
+            f"{where}: the tokenizer of {backbone.path} reads {found} markers of turns and images, "
+            f"expected {expected}: it takes a part of a title for one; change that title"
+        )
 
 
 # ---- rows ----
@@ -158,26 +161,48 @@ def encode_row(
 ) -> Row:
     """Tokens and positions of a prompt.
 
-    Raises InputError where prompt and longest answer do not fit the model's context. Nothing is
-    ever cut off.
+    Raises InputError where prompt and longest answer do not fit the model's context, see
+    `too_long`. Nothing is cut off here.
     """
-    before, after = turn(backbone)
-    start, end = backbone.around_image()
-    ids, images = list(before), []
+    turn, images, pieces = backbone.turn, [], [backbone.turn.before]
     for is_text, group in groupby(parts, lambda part: isinstance(part, str)):
-        if is_text:  # in one piece, since tokens may reach over its parts
-            ids += text_ids(backbone, "".join(group))
+        if is_text:  # joined, since a marker may reach over several
+            pieces = _with_text(backbone, pieces, "".join(group))
             continue
         for item in group:
             images.append(item)
-            ids += [*start, *[backbone.image_token] * len(pictures[item].features), *end]
-    ids += after
+            pieces[-1] += backbone.image_text
+    pieces[-1] += turn.after
+    short = _tokens(backbone, pieces, turn.add_tokens)  # with one token an image
+    of_images = len(images) * (1 + sum(map(len, backbone.around_image())))
+    markers = _count_markers(backbone, turn.prompt) + of_images
+    _check_markers(backbone, short, markers, f"user {name}")
+    ids, numbers = [], iter(images)
+    for token in short:
+        is_image = token == backbone.image_token
+        ids += [token] * (len(pictures[next(numbers)].features) if is_image else 1)
     longest = len(ids) + max(len(answer) for answer in answers)
     if longest > backbone.context:
-        raise InputError(
-            f"user {name}: prompt and answer take {longest} tokens, but {backbone.path} has a "
-            f"context of {backbone.context}; lower --max-pixels, switch off --candidate-images, or "
-            "shorten --history"
-        )
+        of_images = ids.count(backbone.image_token)
+        raise InputError(too_long(backbone, name, parts, longest, of_images))
     positions = prompt_positions(backbone, ids, [pictures[row].grid for row in images])
     return Row(name, ids, positions, images, answers)
+
+
+def too_long(
+    backbone: Backbone, name: str, parts: Sequence[Part], longest: int, of_images: int
+) -> str:
+    """What to say of a prompt that takes `longest` tokens with its answer, `of_images` of them for
+    images: how much its longest title takes, and the remedies that can help."""
+    fixed = (HISTORY, WHICH, WHETHER)
+    titles = [part[:-1] for part in parts if str(part).endswith("\n") and part not in fixed]
+    title = max(titles, key=lambda title: len(text_ids(backbone, title)), default="")
+    takes = len(text_ids(backbone, title))
+    remedies = "shorten --history, or cut long titles with --max-title-tokens"
+    if longest - of_images <= backbone.context:  # without its images it would fit
+        remedies = f"lower --max-pixels, switch off --candidate-images, {remedies}"
+    return (
+        f"user {name}: prompt and answer take {longest} tokens, {of_images} of them images, but "
+        f"{backbone.path} has a context of {backbone.context}; the longest title, {shown(title)}, "
+        f"takes {takes} tokens: {remedies}"
+    )

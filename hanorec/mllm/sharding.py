@@ -21,10 +21,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from hanorec.base.distributed import rank, world_size
 from hanorec.lora.layer import language_model
+from hanorec.mllm.spellings import read_config
 
 
 @torch.no_grad()
@@ -40,8 +41,7 @@ def divided(
     """
     dist.barrier()  # rank 0 has read a whole checkpoint
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(read_config(path), dtype=dtype)
 
     language = language_model(model.requires_grad_(False))
     mesh = init_device_mesh(device.type, (world_size(),))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from hanorec.base.config import DataConfig, TrainConfig
 from hanorec.base.errors import InputError
-from hanorec.datasets.candidates import draw_candidates, draw_hard_candidates
+from hanorec.datasets.candidates import draw_candidates, draw_hard_candidates, near_count
 from hanorec.datasets.catalog import Catalog, load_catalog
 from hanorec.datasets.interactions import (
     Example,
@@ -50,14 +50,27 @@ def load_examples(
         )
     print_missing_images(catalog)
     negatives = data.candidates - 1
+    builder = PromptBuilder(backbone, catalog, {}, data)
     if config.draw == "random":
-        examples = draw_candidates(examples, catalog, negatives, config.seed)
-    pictures = load_pictures(backbone, catalog, data)
+        examples = draw_candidates(examples, builder.shown, negatives, config.seed)
+    builder.pictures.update(load_pictures(backbone, catalog, data))
     if config.draw == "hard":
-        _, _, index = neighbors(backbone, catalog, pictures, data.neighbors)
-        near = index.cpu().numpy()
-        examples = draw_hard_candidates(examples, catalog, near, negatives, config.seed)
-    return PromptBuilder(backbone, catalog, pictures, data), examples
+        near = near_items(builder).cpu().numpy()
+        examples = draw_hard_candidates(examples, builder.shown, near, negatives, config.seed)
+    return builder, examples
+
+
+def near_items(builder: PromptBuilder) -> Tensor:
+    """The items that hard negatives are drawn from, (N, M) int64: the --neighbors nearest of each.
+
+    In a small catalogue these are all others.
+    """
+    wanted = builder.config.neighbors
+    k = near_count(wanted, builder.catalog)
+    if k < wanted:
+        print(f"note: --neighbors {wanted}, but an item has only {k} others: all are taken")
+    _, _, index = neighbors(builder.backbone, builder.catalog, builder.pictures, k)
+    return index
 
 
 def load_pictures(

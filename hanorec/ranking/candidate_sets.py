@@ -15,7 +15,7 @@ from hanorec.base.config import DataConfig, EvalConfig
 from hanorec.base.distributed import barrier, rank, run_on_all_ranks
 from hanorec.base.errors import InputError
 from hanorec.base.files import sha256
-from hanorec.datasets.candidates import draw_candidates, draw_hard_candidates
+from hanorec.datasets.candidates import draw_candidates, draw_hard_candidates, near_count
 from hanorec.datasets.catalog import Catalog, data_hash, load_catalog
 from hanorec.datasets.frozen import load_candidates, save_candidates
 from hanorec.datasets.interactions import (
@@ -111,7 +111,7 @@ def frozen_sets(
     for kind in KINDS[config.sets]:
         facts = {
             "kind": kind,
-            "neighbors": data.neighbors if kind == "hard" else None,
+            "neighbors": near_count(data.neighbors, held.catalog) if kind == "hard" else None,
             "split": config.split,
             "seed": config.seed,
             "negatives": data.candidates - 1,
@@ -149,15 +149,18 @@ def _draw(
 def input_hashes(
     held: HeldOut, data: DataConfig, config: EvalConfig, policies: Sequence[str]
 ) -> dict[str, str]:
-    """What was evaluated on what: the data, the candidates, and every policy's adapter."""
+    """What was evaluated on what: the data, the candidates, and every policy's adapters."""
     files = {}
     if config.retriever is None:
         for kind in KINDS[config.sets]:
             files[f"candidates_{kind}"] = candidates_path(data, config, kind)
     else:
         files["retriever"] = Path(config.retriever) / "embeddings.safetensors"
+        files["retriever_names"] = Path(config.retriever) / "names.json"
     for policy in policies:
-        if policy != "base":
-            files[policy] = Path(policy) / "adapter_model.safetensors"
+        name, folder = policy, Path(policy)
+        while policy != "base" and folder.exists():  # and what it stands on
+            files[name] = folder / "adapter_model.safetensors"
+            name, folder = f"{name}/below", folder / "below"
     hashes = {name: sha256(path) for name, path in files.items()}
     return {"data": data_hash(held.catalog), **hashes}

@@ -43,8 +43,8 @@ def scores(emb: Embeddings, m: str, users: Tensor, items: Tensor) -> Tensor:
 def target_ranks(user: Tensor, item: Tensor, targets: Tensor, seen: Seen) -> Tensor:
     r"""The place, from 1 = best, of each target among the items without a training pair.
 
-    rank(u, i) = 1 + |{j : s_uj > s_ui}| + |{j < i : s_uj = s_ui}|, so of equal scores the smaller
-    item id stands first.
+    rank(u, i) = 1 + |{j \ne i : s_uj >= s_ui}|: a tie counts against the target, so that a model
+    which scores all alike gets the last place.
 
     It is exact for the scores as computed, in memory for one block of targets, not for U x I.
     Several processes divide the blocks.
@@ -83,15 +83,8 @@ def _block_ranks(user: Tensor, item: Tensor, targets: Tensor, seen: Seen) -> Ten
             f"item {target} of user {owner} is held out and a training pair too, so it is masked; "
             "expected either; remove one"
         )
-    # In int32, since int64 takes six times as long.
-    above = (s > own).sum(1, dtype=torch.int32)  # (T_b,)
-    level = (s >= own).sum(1, dtype=torch.int32)  # (T_b,): the target itself is one of these
-    tied = level - above > 1  # (T_b,)
-    if tied.any():
-        ids = torch.arange(len(item), device=item.device)  # (I,)
-        before = (s[tied] == own[tied]) & (ids < i[tied])
-        above[tied] += before.sum(1, dtype=torch.int32)
-    return 1 + above.long()
+    # The target itself gives the 1. In int32, since int64 takes six times as long.
+    return (s >= own).sum(1, dtype=torch.int32).long()  # (T_b,)
 
 
 def own_blocks(rows: Tensor, items: int) -> Sequence[Tensor]:

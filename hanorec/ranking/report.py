@@ -111,7 +111,7 @@ def paired_tests(results: Mapping[str, dict[str, Any]], seed: int) -> list[dict[
     return tests
 
 
-def asked(examples: Sequence[Example], ids: Sequence[str]) -> list[dict[str, Any]]:
+def by_id(examples: Sequence[Example], ids: Sequence[str]) -> list[dict[str, Any]]:
     """Each user's target and candidates by id."""
     users = []
     for example in examples:

@@ -1,8 +1,9 @@
 r"""Retrieve and rerank: BR-MRS takes the N best items of the whole catalogue for each user, HaNoRec
 puts them in order.
 
-Nobody is helped: a target that is not retrieved counts as missed, before and after. T = examples,
-one target each; N = items retrieved.
+Nobody is helped: a target that is not retrieved counts as missed, before and after, and so does one
+that only its id brought among the N, since an item beyond them scores as high. T = examples, one
+target each; N = items retrieved.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ def rerank(
     """The report of a reranking, printed and returned: every order, and what each stage costs.
 
     Args:
-        examples, places: of `hanorec.ranking.retriever.retrieved`.
+        examples, places: of `hanorec.ranking.retriever.retrieved`; some may share a title.
         scores: policy -> {"sum": (T, N)}.
         seconds: "retrieval" and each policy -> what all examples took together.
     """
@@ -62,7 +63,20 @@ def rerank(
     report["seconds_per_user"] = {stage: s / len(examples) for stage, s in seconds.items()}
     report["users"] = _retrieved_items(examples, places, held.catalog.ids)
     print_report(report)
+    _say_equal_titles(examples, held.catalog.titles)
     return report
+
+
+def _say_equal_titles(examples: Sequence[Example], titles: Sequence[str]) -> None:
+    """A catalogue may hold a title twice, and then no policy can tell the two items apart."""
+    equal = 0
+    for example in examples:
+        equal += len({titles[row] for row in example.candidates}) < len(example.candidates)
+    if equal:
+        print(
+            f"note: {equal} of {len(examples)} users have retrieved items of one title; these "
+            "score alike, and a tie counts against all of them"
+        )
 
 
 def rerank_report(
@@ -74,12 +88,15 @@ def rerank_report(
     """Recall and NDCG of the retriever's order and of every policy's, each with its interval over
     users, and each policy against the retriever.
 
-    before: (T, N) places with the retriever. scores: policy -> (T, N).
+    before: (T, N) places with the retriever, ties counted against. scores: policy -> (T, N).
     """
     n = before.shape[1]
     ranks = {"retriever": target_places(before, examples)}  # order -> (T,)
     for policy, of_policy in scores.items():
         ranks[policy] = target_places(places_by_score(of_policy), examples)
+    missed = ranks["retriever"] > n  # (T,)
+    for of_order in ranks.values():
+        of_order[missed] = np.inf
     rows = {order: _metric_rows(rank, n) for order, rank in ranks.items()}
 
     paired = []
@@ -132,7 +149,8 @@ def _retrieved_items(
     """Each user's target and retrieved items by id, in the retriever's order."""
     users = []
     for example, place in zip(examples, places, strict=True):
-        retrieved = [ids[example.candidates[i]] for i in np.argsort(place)]
+        order = np.lexsort((example.candidates, place))  # of equal places the smaller row first
+        retrieved = [ids[example.candidates[i]] for i in order]
         users.append({"user": example.user, "target": ids[example.target], "retrieved": retrieved})
     return users
 

@@ -4,13 +4,13 @@ T = examples, one target each; n = items retrieved.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,46 +35,103 @@ class Retriever:
     item: Tensor  # (I, d_f)
     seen: Seen
 
-    def top_n(self, rows: Tensor, n: int) -> Tensor:
-        """The n best items of each user that are not among the training pairs, best first.
+    def top_n(self, rows: Tensor, n: int, had: Sequence[Iterable[int]] = ()) -> Tensor:
+        """The n best items of each user that are new to them, best first.
 
         Several processes divide the users; each returns all.
 
         Args:
             rows: (b,) int64 users.
+            had: items that each of them had beside the training pairs; nothing = none.
         Returns:
             (b, n) item rows; of equal scores the smaller row first.
         Raises:
             InputError: fewer than n items are left to one of the users.
         """
-        least = n
-        if len(rows):
-            least = len(self.items) - int(self.seen.degree[rows].max())
+        least = min(self._new_items(rows, had), default=n)
         if not 1 <= n <= least:
             raise InputError(
-                f"{n} items to retrieve: one of these users has {least} items without a training "
-                "pair; choose 1 .. that many"
+                f"{n} items to retrieve: one of these users has {least} items that are new to "
+                "them; choose 1 .. that many with --top-n"
             )
         found = rows.new_zeros(len(rows), n)
-        for part in own_blocks(torch.arange(len(rows)), len(self.items)):
-            s = self.user[rows[part]] @ self.item.T  # (b, I)
-            s[self.seen.of(rows[part])] = -torch.inf
+        for part, s in self._scores(rows, had):
             found[part] = s.argsort(dim=1, descending=True, stable=True)[:, :n]
         all_reduce([found])  # each row is zero in all processes but one
         return found
 
+    def places(self, rows: Tensor, items: Tensor, had: Sequence[Iterable[int]] = ()) -> Tensor:
+        """The place, from 1 = best, of these items of each user among all that are new to them.
+
+        A tie counts against every item in it, beyond the n retrieved ones, too: an item that only
+        its id brought among them has a place beyond n.
+
+        Args:
+            items: (b, n) of `top_n`. rows, had: as there.
+        Returns:
+            (b, n) int64.
+        """
+        found = torch.zeros_like(items)
+        for part, s in self._scores(rows, had):
+            own = s.gather(1, items[part])  # (b, n)
+            for column in range(items.shape[1]):
+                found[part, column] = (s >= own[:, column : column + 1]).sum(1)
+        all_reduce([found])
+        return found
+
+    def _new_items(self, rows: Tensor, had: Sequence[Iterable[int]]) -> list[int]:
+        """How many items are new to each of these users."""
+        left = (len(self.items) - self.seen.degree[rows]).tolist()
+        for number, items in enumerate(had):
+            _, trained = self.seen.of(rows[number : number + 1])
+            left[number] -= len(set(items).difference(trained.tolist()))
+        return left
+
+    def _scores(
+        self, rows: Tensor, had: Sequence[Iterable[int]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's blocks: places in `rows`, and scores (b, I), -inf at what is not new."""
+        for part in own_blocks(torch.arange(len(rows)), len(self.items)):
+            s = self.user[rows[part]] @ self.item.T  # (b, I)
+            s[self.seen.of(rows[part])] = -torch.inf
+            for line, number in enumerate(part.tolist() if had else ()):
+                s[line, list(had[number])] = -torch.inf
+            yield part, s
+
+
+def check_retriever(folder: str | Path) -> None:
+    """InputError where `--retriever` is not the finished OUT folder of a train_brmrs.py.
+
+    Only names and headers are read, so it costs little before a model is loaded.
+    """
+    folder, wanted = Path(folder), "expected the --out folder of a finished train_brmrs.py"
+    if not (folder / "names.json").exists():
+        raise InputError(
+            f"--retriever: {folder / 'names.json'}: no such file, {wanted}; check the path, or "
+            "give that command again if it was stopped"
+        )
+    names = read_object(folder / "names.json")
+    if not all(isinstance(names.get(kind), list) for kind in ("users", "items")):
+        raise InputError(
+            f"--retriever: {folder / 'names.json'} has no lists of users and items, {wanted}; "
+            "check the path"
+        )
+    path = folder / "embeddings.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            for name in ("user", "item", "train"):
+                file.get_slice(name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"--retriever: {path}: cannot be read ({error}), {wanted}; check the path"
+        ) from None
+
 
 def load_retriever(folder: str | Path) -> Retriever:
     """What train_brmrs.py left in its finished OUT folder, on the CPU."""
-    folder = Path(folder)
-    names, path = read_object(folder / "names.json"), folder / "embeddings.safetensors"
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}), expected the --out folder of a finished "
-            "train_brmrs.py; check the path"
-        ) from None
+    check_retriever(folder)
+    names = read_object(Path(folder) / "names.json")
+    found = load_file(Path(folder) / "embeddings.safetensors")
     users, items = tuple(names["users"]), tuple(names["items"])
     seen = Seen(*found["train"], len(users))
     return Retriever(users, items, found["user"], found["item"], seen)
@@ -110,25 +167,21 @@ def retrieve(
         had: the items that each example's user had before the target; none of them is retrieved.
     Returns:
         The examples with candidates, and each candidate's place with the retriever, (T, n), 1 =
-        best.
+        best, as in `Retriever.places`.
     Raises:
         InputError: the retriever knows other items, or does not know a user; fewer than n items are
             left.
     """
     users = _retriever_rows(retriever, catalog, examples)  # (T,)
-    before = [set(items) for items in had]
-    # The retriever leaves out training items; so many more are asked for that n are left without
-    # those that a user had since (validation items).
-    degrees = retriever.seen.degree[users].tolist()
-    later = max(len(items) - degree for items, degree in zip(before, degrees, strict=True))
-    best = retriever.top_n(users, n + later).tolist()
+    # The retriever masks training items alone; what a user had since are validation items.
+    best = retriever.top_n(users, n, had)  # (T, n)
+    place = retriever.places(users, best, had).numpy()  # (T, n)
 
     found, places = [], []
-    for number, (example, order) in enumerate(zip(examples, best, strict=True)):
-        left = [item for item in order if item not in before[number]][:n]
+    for number, (example, order) in enumerate(zip(examples, best.tolist(), strict=True)):
         shuffle = np.random.default_rng([seed, number]).permutation(n)
-        found.append(replace(example, candidates=tuple(left[i] for i in shuffle)))
-        places.append(shuffle + 1)
+        found.append(replace(example, candidates=tuple(order[i] for i in shuffle)))
+        places.append(place[number][shuffle])
     return found, np.array(places)
 
 

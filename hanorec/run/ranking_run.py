@@ -16,6 +16,7 @@ from tqdm import tqdm
 from hanorec.base.config_brmrs import BrmrsFiles
 from hanorec.base.distributed import join, rank, share, sum_gradients, usable_device
 from hanorec.base.errors import InputError
+from hanorec.base.lock import unlock_folder
 from hanorec.ranking.early_stopping import BestEpoch
 from hanorec.ranking.full_ranking import AT, Embeddings, evaluate
 from hanorec.ranking.pairs import keep_data, run_data
@@ -120,6 +121,7 @@ class RankingRun:
             write_retriever(self.out, self.data, emb)
             write_metrics(self.out, self.data, self.epoch, self.best.epoch, valid, test)
         drop_checkpoints(self.out)
+        unlock_folder(self.out)
         names = ("Recall@10", "Recall@20", "NDCG@10", "NDCG@20")
         shown = ", ".join(f"{name} {test[0][name]:.4f}" for name in names)
         print(

@@ -11,36 +11,46 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import nn
 
+from hanorec.base import lock
 from hanorec.base.config import DataConfig, ModelConfig
 from hanorec.base.distributed import barrier, rank, world_size
 from hanorec.base.errors import InputError
 from hanorec.base.facts import check_facts
-from hanorec.base.files import read_object, sha256, write_json
-from hanorec.datasets.catalog import Catalog, data_hash
-from hanorec.lora.stack import base_fingerprint
+from hanorec.base.files import read_object, write_json
+from hanorec.mllm.backbone import Backbone
 from hanorec.run.checkpoint import drop_checkpoints
+from hanorec.run.inputs import comparable, turn_sha256
 
 # ---- the folder ----
 
 
 def open_run(out: str | Path, settings: Mapping[str, Any], result: str) -> Path:
-    """The output folder of a run, as rank 0 finds it.
+    """The output folder of a run, as rank 0 finds it, which locks it until `unlock_folder`.
 
     That is a new or empty one, or that of the same run, stopped before it wrote `result`.
     InputError where it holds something else, a finished run, a run with other settings or on
-    another number of processes.
+    another number of processes, or where another process is at work in it.
     """
+    out = Path(out)
     if rank() == 0:
-        _open_run(Path(out), settings, result)
+        lock.lock_folder(out, lambda: _look_into(out, settings, result))
+        if not _is_empty(out):
+            print(f"{out}: going on with the run that was stopped here")
     barrier()
-    return Path(out)
+    return out
 
 
-def _open_run(out: Path, settings: Mapping[str, Any], result: str) -> None:
+def close_run(out: Path, configs: Sequence[Any], inputs: dict[str, Any], **facts: Any) -> None:
+    """`write_run` of a command that ends with it: then other processes may have the folder."""
+    write_run(out, configs, inputs, **facts)
+    if rank() == 0:
+        lock.unlock_folder(out)
+
+
+def _look_into(out: Path, settings: Mapping[str, Any], result: str) -> None:
+    """InputError where `out` is no folder for the run, see `open_run`."""
     if not out.exists() or _is_empty(out):
-        out.mkdir(parents=True, exist_ok=True)
         return
     if not out.is_dir() or not (out / "run.json").exists():
         raise InputError(
@@ -60,7 +70,6 @@ def _open_run(out: Path, settings: Mapping[str, Any], result: str) -> None:
             f"--nproc-per-node {before} to go on, or choose another --out"
         )
     check_settings(out, settings, "a stopped run")
-    print(f"{out}: going on with the run that was stopped here")
 
 
 def _is_empty(out: Path) -> bool:
@@ -89,13 +98,21 @@ def write_run(
     """run.json: what was run, with what, on what. inputs: hashes of what the settings name.
 
     InputError where a run that goes on was started with other inputs: data, base or adapter were
-    changed behind its names.
+    changed behind its names. A run of an earlier version stated fewer of them; these are compared.
     """
     if rank() > 0:
         return
     path, inputs = out / "run.json", inputs or {}
     if path.exists():
-        check_facts(read_object(path).get("inputs"), inputs, lambda name, found, wanted: (
+        stored = read_object(path).get("inputs")
+        stated = comparable(stored, inputs)
+        if len(stated) < len(inputs):
+            missing = ", ".join(name for name in inputs if name not in stated)
+            print(
+                f"note: {path} was written by an earlier version, which did not state {missing}; "
+                "that they have not changed is not checked"
+            )
+        check_facts(stored, stated, lambda name, found, wanted: (
             f"{path}: this run was started with {name} of hash {found}, which is {wanted} now, "
             "expected no change; put the old one back to go on, or choose another --out"
         ))
@@ -123,18 +140,6 @@ def all_settings(configs: Sequence[Any]) -> dict[str, Any]:
     return settings
 
 
-def input_hashes(model: nn.Module, catalog: Catalog, sft: str | None) -> dict[str, str | None]:
-    """What a training run stands on: base, SFT adapter, data.
-
-    The base's hash counts the adapters below the one being trained.
-    """
-    return {
-        "stands_on": base_fingerprint(model),
-        "adapter": sft and sha256(Path(sft) / "adapter_model.safetensors"),
-        "data": data_hash(catalog),
-    }
-
-
 def git_revision() -> str | None:
     """The commit of the clone that runs, or None outside a clone or without git."""
     root = Path(__file__).parent.parent.parent
@@ -151,14 +156,24 @@ def git_revision() -> str | None:
 # ---- what an adapter was trained to read ----
 
 
-def prompt_settings(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
-    """Kept in an adapter's hanorec.json, since another prompt is another input."""
-    return {
+def prompt_settings(
+    model: ModelConfig, data: DataConfig, backbone: Backbone | None = None
+) -> dict[str, Any]:
+    """Kept in an adapter's hanorec.json, since another prompt is another input.
+
+    backbone: with the hash of its chat template's frame, too.
+    """
+    settings = {
         "task": data.task,
         "history": data.history,
         "candidate_images": data.candidate_images,
         "max_pixels": model.max_pixels,
     }
+    if backbone is not None:
+        settings |= {"max_title_tokens": data.max_title_tokens, "turn": turn_sha256(backbone)}
+    elif data.max_title_tokens is not None:
+        settings["max_title_tokens"] = data.max_title_tokens
+    return settings
 
 
 def compare_settings(directory: str | Path, settings: dict[str, Any]) -> None:
@@ -167,10 +182,19 @@ def compare_settings(directory: str | Path, settings: dict[str, Any]) -> None:
     It may be meant, so it is no error.
     """
     path = Path(directory) / "hanorec.json"
-    trained = read_object(path).get("prompt", {}) if path.exists() else {}
+    trained = {}
+    if path.exists():
+        trained = {"max_title_tokens": None, **read_object(path).get("prompt", {})}
     for name, value in settings.items():
-        if name in trained and trained[name] != value:
+        if name not in trained or trained[name] == value:
+            continue
+        if name == "turn":
             print(
-                f"note: {directory} was trained with {name} = {trained[name]}, this command uses "
-                f"{value}"
+                f"note: {directory} was trained in the frame of another chat template, or of the "
+                "same on another day, if it states the date"
             )
+            continue
+        print(
+            f"note: {directory} was trained with {name} = {trained[name]}, this command uses "
+            f"{value}"
+        )

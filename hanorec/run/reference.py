@@ -19,6 +19,9 @@ from hanorec.base.files import write_bytes
 from hanorec.mllm.backbone import ImageFeatures
 from hanorec.mllm.prompts import Row
 
+AGAIN = "leave --reference out to compute it anew, or delete the file"
+NEWER_FACTS = ("base", "adapter_stack")  # that a file of an earlier version may lack
+
 
 def rows_hash(rows: Sequence[Row], pictures: Mapping[int, ImageFeatures]) -> str:
     """SHA-256 of what the rows ask and compare.
@@ -50,7 +53,23 @@ def load_reference(path: Path, facts: dict[str, Any]) -> Tensor:
     InputError where the file is not whole, or any fact is another one: the reference would be
     another's.
     """
-    again = "leave --reference out to compute it anew, or delete the file"
+    stored, log_probs = read_reference(path)
+    newer = [name for name in NEWER_FACTS if name in facts and name not in stored]
+    if newer:
+        print(
+            f"note: {path} was written by an earlier version, which did not state its "
+            f"{' and '.join(newer)}; delete it to have them checked"
+        )
+    facts = {name: value for name, value in facts.items() if name not in newer}
+    check_facts(stored, facts, lambda name, found, wanted: (
+        f"{path}: its {name} is {found!r}, expected {wanted!r}: it is stale, or of another run; "
+        f"{AGAIN}"
+    ))
+    return log_probs
+
+
+def read_reference(path: Path) -> tuple[dict[str, Any], Tensor]:
+    """The facts in a file of the reference, and log pi_ref (P, A). InputError: it is not whole."""
     try:
         with safe_open(path, "pt") as file:
             stored = json.loads((file.metadata() or {}).get("facts", "{}"))
@@ -62,14 +81,10 @@ def load_reference(path: Path, facts: dict[str, Any]) -> Tensor:
         ) from None
     except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(
-            f"{path}: not a whole file of reference log-probabilities ({error}); {again}"
+            f"{path}: not a whole file of reference log-probabilities ({error}); {AGAIN}"
         ) from None
     if not isinstance(stored, dict):
         raise InputError(
-            f"{path}: its facts are {stored!r}, expected an object: the file was edited; {again}"
+            f"{path}: its facts are {stored!r}, expected an object: the file was edited; {AGAIN}"
         )
-    check_facts(stored, facts, lambda name, found, wanted: (
-        f"{path}: its {name} is {found!r}, expected {wanted!r}: it is stale, or of another run; "
-        f"{again}"
-    ))
-    return log_probs
+    return stored, log_probs

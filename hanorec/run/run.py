@@ -24,6 +24,7 @@ from hanorec.base.distributed import (
     usable_device,
 )
 from hanorec.base.errors import InputError
+from hanorec.base.lock import unlock_folder
 from hanorec.lora.files import save_policy
 from hanorec.lora.layer import adapters_off, add_lora
 from hanorec.lora.loading import attach_policy
@@ -35,11 +36,11 @@ from hanorec.mllm.prompts import Row
 from hanorec.mllm.sharding import set_tower_aside
 from hanorec.mllm.tasks import print_budget
 from hanorec.run.checkpoint import drop_checkpoints, generators, load_checkpoint, save_checkpoint
+from hanorec.run.inputs import check_training, training_inputs
 from hanorec.run.log import append_log
 from hanorec.run.record import (
     all_settings,
     compare_settings,
-    input_hashes,
     open_run,
     prompt_settings,
     write_run,
@@ -60,6 +61,7 @@ class Run:
         self.configs = configs
         self.model, self.data, self.train = configs[:3]
         join(usable_device(self.model.device))
+        check_training(configs)
         self.out = open_run(self.train.out, all_settings(configs), "adapter_config.json")
         torch.manual_seed(self.train.seed)
 
@@ -73,7 +75,7 @@ class Run:
         train = self.train
         print_budget(rows, train.micro_batch, backbone)
         size = train.micro_batch * train.accumulation
-        plan: Plan = []
+        self.rows, plan = rows, []
         for epoch in range(train.epochs):
             batches = global_batches(len(rows), size, train.seed, epoch, least)
             plan += [(epoch, batch) for batch in batches]
@@ -87,7 +89,7 @@ class Run:
             set_tower_aside(policy)
         if train.sft is not None:
             attach_policy(policy, train.sft)
-            compare_settings(train.sft, prompt_settings(self.model, self.data))
+            compare_settings(train.sft, prompt_settings(self.model, self.data, backbone))
         self.trained: list[nn.Parameter] = []
         for layer in add_lora(policy, train.lora_rank, train.lora_alpha, train.lora_dropout):
             self.trained += [layer.A, layer.B]
@@ -107,7 +109,8 @@ class Run:
 
         It is written once all input has proved good: by `reference` before it computes, by `steps`.
         """
-        self.inputs = input_hashes(builder.backbone.model, builder.catalog, self.train.sft)
+        self.prompt = prompt_settings(self.model, self.data, builder.backbone)
+        self.inputs = training_inputs(builder, self.rows, self.train.sft)
         self.facts = facts
 
     def reference(self, choice: str, builder: PromptBuilder, rows: Sequence[Row]) -> Tensor:
@@ -119,11 +122,14 @@ class Run:
         """
         backbone = builder.backbone
         path = self.out / "reference.safetensors" if choice == "once" else Path(choice)
+        first = {name: self.inputs[name] for name in ("stands_on", "adapter", "data")}
         depends = {
-            **self.inputs,
+            **first,
             "dtype": str(backbone.model.dtype),
             "prompt": prompt_settings(self.model, self.data),
             "rows": rows_hash(rows, builder.pictures),
+            "base": self.inputs["base"],
+            "adapter_stack": self.inputs["adapter_stack"],
         }
         if choice != "once" or run_on_all_ranks(path.exists)[0]:  # as rank 0 sees it
             return load_reference(path, depends).to(backbone.device)
@@ -197,10 +203,10 @@ class Run:
 
     def finish(self, policy: nn.Module, stage: str, **facts: Any) -> None:
         """Write the adapter, then drop the checkpoints."""
-        prompt = prompt_settings(self.model, self.data)
         base, below = self.model.model, self.train.sft
-        save_policy(policy, self.out, base, below, stage=stage, prompt=prompt, **facts)
+        save_policy(policy, self.out, base, below, stage=stage, prompt=self.prompt, **facts)
         drop_checkpoints(self.out)
+        unlock_folder(self.out)
         print(f"wrote the adapter to {self.out}")
 
 

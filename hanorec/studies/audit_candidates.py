@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hanorec.base.config import DataConfig
-from hanorec.datasets.candidates import draw_candidates
+from hanorec.datasets.candidates import draw_candidates, near_count
 from hanorec.datasets.catalog import load_catalog
 from hanorec.datasets.interactions import heldout_examples, load_interactions
 from hanorec.mllm.items import neighbors
@@ -31,7 +31,8 @@ def part_titles(folders: Sequence[str]) -> None:
         shared = sum(count for count in Counter(titles).values() if count > 1)
         longer = sum(_begins_with_another(title, distinct) for title in distinct)
         pictures = load_pictures(backbone, catalog, DataConfig(data=folder))
-        near = neighbors(backbone, catalog, pictures, 50)[2].numpy()  # (N, 50)
+        k = near_count(50, catalog)
+        near = neighbors(backbone, catalog, pictures, k)[2].numpy()  # (N, 50)
         everyone = np.array([np.delete(np.arange(n), i) for i in range(n)])  # (N, N - 1)
 
         examples = heldout_examples(load_interactions(folder, catalog), "test", 5)

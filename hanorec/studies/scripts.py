@@ -14,16 +14,18 @@ def script(name: str) -> ModuleType:
 
     In a clone it lies beside the package, in an installed wheel the build has copied it into
     hanorec/scripts. It is never put into sys.modules, where another package may be `evaluate`.
+    InputError where it lies in neither place.
     """
     clone, wheel = PACKAGE.parent, PACKAGE / "scripts"
-    # site-packages, too, is a folder beside a package; a clone has its setup.py there
-    folder = clone if (clone / "setup.py").exists() else wheel
-    path = folder / f"{name}.py"
+    path = clone / f"{name}.py"
+    if not (path.exists() and (clone / "setup.py").exists()):
+        # no clone: what lies beside the package in site-packages is somebody else's
+        path = wheel / f"{name}.py"
     if not path.exists():
         raise InputError(
-            f"{name}.py: neither beside the package ({clone}, expected a clone with its setup.py) "
-            f"nor in {wheel}, where an installed package has it; install hanorec again, or use a "
-            "clone with `pip install -e .`")
+            f"{name}.py: neither in {clone}, expected a clone with its setup.py, nor in {wheel}, "
+            "where an installed package has it; install hanorec again, or use a clone with "
+            "`pip install -e .`")
     spec = importlib.util.spec_from_file_location(f"hanorec.scripts.{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -160,16 +160,16 @@ def table(seeds: list[dict[str, Any]]) -> str:
         for name in ROWS:
             if name in seeds[0][kind]["rows"]:
                 rows = [seed[kind]["rows"][name] for seed in seeds]
-                cells = [_cell([row[metric] for row in rows]) for metric in METRICS]
+                cells = [_cell(rows, metric) for metric in METRICS]
                 lines.append(" | ".join([name, *cells]))
     return "\n".join(lines) + "\n"
 
 
-def _cell(found: list[dict[str, Any]]) -> str:
+def _cell(rows: list[dict[str, Any]], metric: str) -> str:
     """One metric of one row over the seeds; what has no interval (chance) varies with nothing."""
-    values, interval = [100 * one["value"] for one in found], found[0]["interval"]
+    values, interval = [100 * row[metric]["value"] for row in rows], rows[0][metric]["interval"]
     spread = ""
-    if interval and len(found) > 1:
+    if interval and len(rows) > 1:
         spread = f" ± {np.std(values, ddof=1):.1f}"
     elif interval:
         low, high = interval

@@ -72,7 +72,10 @@ def _users(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _values(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Metric -> its value in each seed."""
-    return {metric: [one["metrics"][metric]["value"] for one in seeds] for metric in METRICS}
+    values = {}
+    for metric in METRICS:
+        values[metric] = [one["metrics"][metric]["value"] for one in seeds]
+    return values
 
 
 def _against(

@@ -1,0 +1,51 @@
+"""What checkpoints state in more than one place or way: tied embeddings, limits on an image."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.image_processing_base import ImageProcessingMixin
+
+from hanorec.base.errors import InputError, shown
+
+
+def read_config(path: str) -> PreTrainedConfig:
+    """config.json, tied where either of its two places says so.
+
+    Transformers looks at the whole model's `tie_word_embeddings`; older files have it for the
+    language model alone. Where both weights are stored and differ, it does not tie them.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    language = getattr(config, "text_config", None)
+    if getattr(language, "tie_word_embeddings", False):
+        config.tie_word_embeddings = True
+    return config
+
+
+def pixel_limits(path: str) -> dict[str, int] | None:
+    """What Qwen's image processor calls `size`: the least and the largest area of an image.
+
+    They are called shortest_edge and longest_edge, or min_pixels and max_pixels, in `size` or
+    beside it; what stands beside it counts first. None where nothing is stated: then Transformers'
+    default holds. InputError where one of the two is missing, or no area.
+    """
+    stated, _ = ImageProcessingMixin.get_image_processor_dict(path)
+    size = stated.get("size")
+    if size is None and stated.get("min_pixels") is None and stated.get("max_pixels") is None:
+        return None
+    size = size if isinstance(size, dict) else {}
+    limits = {}
+    for edge, other in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        found = [stated.get(other), size.get(other), size.get(edge)]
+        limits[edge] = next((value for value in found if value is not None), None)
+    if not all(type(value) is int and value > 0 for value in limits.values()):
+        raise InputError(
+            f"{path}: preprocessor_config.json limits images by {_stated(stated)}, expected "
+            "two areas in pixels, shortest_edge and longest_edge or min_pixels and max_pixels, in "
+            "size; copy it from the same checkpoint again"
+        )
+    return limits
+
+
+def _stated(stated: dict[str, Any]) -> str:
+    names = [name for name in ("size", "min_pixels", "max_pixels") if name in stated]
+    return ", ".join(f"{name} = {shown(stated[name])}" for name in names)

@@ -1,0 +1,132 @@
+"""What a run is made from: looked at before anything is loaded, and hashed for its record."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hanorec.base.config import EvalConfig
+from hanorec.base.errors import InputError
+from hanorec.base.files import sha256
+from hanorec.datasets.catalog import data_hash
+from hanorec.lora.folder import adapter_config, check_adapter
+from hanorec.lora.stack import base_fingerprint, checkpoint_fingerprint
+from hanorec.mllm.backbone import Backbone
+from hanorec.mllm.builder import PromptBuilder
+from hanorec.mllm.features import images_sha256
+from hanorec.mllm.prompts import Row
+from hanorec.ranking.candidate_sets import HeldOut, input_hashes
+from hanorec.ranking.retriever import check_retriever
+from hanorec.run.reference import read_reference
+
+# ---- before anything is loaded ----
+
+
+def check_training(configs: Sequence[Any]) -> None:
+    """InputError where --sft is no adapter, or --reference no file of reference log-probabilities.
+
+    configs: of a training script, of which some have these settings.
+    """
+    for config in configs:
+        if getattr(config, "sft", None) is not None:
+            check_named_adapter("--sft", config.sft)
+        if getattr(config, "reference", "once") != "once":
+            read_reference(Path(config.reference))
+
+
+def check_evaluation(config: EvalConfig) -> None:
+    """InputError where an --adapter is none, or --retriever no finished folder."""
+    for policy in config.adapter:
+        if policy != "base":
+            check_named_adapter("--adapter", policy)
+    if config.retriever is not None:
+        check_retriever(config.retriever)
+
+
+def check_named_adapter(flag: str, folder: str) -> None:
+    """InputError that names the flag, where a folder holds no adapter, see `check_adapter`."""
+    try:
+        check_adapter(folder)
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from None
+
+
+# ---- for the record ----
+
+# Inputs that the runs of earlier versions did not state.
+NEWER = ("adapter_stack", "images", "image_processor", "turn", "base", "prompts")
+
+
+def comparable(stored: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's inputs that a run in its folder must have stated: all but newer ones."""
+    known = stored if isinstance(stored, dict) else {}
+    return {name: value for name, value in inputs.items() if name in known or name not in NEWER}
+
+
+def training_inputs(
+    builder: PromptBuilder, rows: Sequence[Row], sft: str | None
+) -> dict[str, str | None]:
+    """Hashes of all that a training run stands on, with the adapter of --sft on the base.
+
+    The particular comes first: a run that goes on with other inputs is told the first of them that
+    differs. stands_on and prompts would differ by themselves in most cases.
+    """
+    return {
+        "adapter": sft and sha256(Path(sft) / "adapter_model.safetensors"),
+        "adapter_stack": sft and _stack_sha256(Path(sft)),
+        "data": data_hash(builder.catalog),
+        **_seen(builder),
+        "stands_on": base_fingerprint(builder.backbone.model),
+        "prompts": _prompts_sha256(rows),
+    }
+
+
+def evaluation_inputs(
+    builder: PromptBuilder, held: HeldOut, config: EvalConfig
+) -> dict[str, str]:
+    """Hashes of what was evaluated on what."""
+    policies = config.adapter or ["base"]
+    return input_hashes(held, builder.config, config, policies) | _seen(builder)
+
+
+def _seen(builder: PromptBuilder) -> dict[str, str]:
+    """Of the base and of what it is shown, beside titles and interactions."""
+    backbone = builder.backbone
+    processor = backbone.image_processor
+    shape = processor.to_dict() | {"class": type(processor).__name__}
+    return {
+        "images": images_sha256(builder.catalog),
+        "image_processor": _sha256_of(shape),
+        "turn": turn_sha256(backbone),
+        "base": checkpoint_fingerprint(backbone.model),
+    }
+
+
+def turn_sha256(backbone: Backbone) -> str:
+    """Of the tokens of a question and its answer, as the chat template renders them today."""
+    return _sha256_of([backbone.turn.prompt, backbone.turn.whole])
+
+
+def _stack_sha256(folder: Path) -> str:
+    """Of an adapter and all that lies below it in its folder: tensors, rank and alpha of each."""
+    facts = []
+    while True:
+        config = adapter_config(folder)
+        tensors = sha256(folder / "adapter_model.safetensors")
+        facts.append([tensors, config["r"], config["lora_alpha"]])
+        folder = folder / "below"
+        if not folder.exists():
+            return _sha256_of(facts)
+
+
+def _prompts_sha256(rows: Sequence[Row]) -> str:
+    """Of the tokens of all prompts and answers, so of the tokenizer and of what was drawn, too."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.prompt, row.images, row.answers]).encode())
+    return digest.hexdigest()
+
+
+def _sha256_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
