@@ -43,7 +43,7 @@ from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import claim_folder
 from hanorec.mllm.load import load_backbone
-from hanorec.mllm.prompts import text_ids, turn
+from hanorec.mllm.prompts import encode_row, text_ids
 from hanorec.readings import rms
 from hanorec.studies.noise_curve import PASSAGE, text_logits, text_nll
 
@@ -175,8 +175,7 @@ def main() -> None:
         f"loss on a passage of English: {loss:.3f} nats a token (perplexity {math.exp(loss):.1f}; "
         f"uniform would be {math.log(plain):.2f})"
     )
-    before, after = turn(backbone)
-    prompt = torch.tensor([[*before, *text_ids(backbone, QUESTION), *after]])
+    prompt = torch.tensor([encode_row(backbone, "question", [QUESTION], {}, [[]]).prompt])
     told = backbone.model.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
         max_new_tokens=40

@@ -73,8 +73,8 @@ def test_images_that_are_not_read_are_told(tmp_path, capsys):
     ]
     first, second = capsys.readouterr().out.splitlines()
     assert first == (
-        f"note: 4 files in {folder} are ignored, no JPEG, PNG or WebP by their names; convert them: "
-        "'2.gif', '3.TIFF', '4', ..."
+        f"note: 4 files in {folder} are ignored, no JPEG, PNG or WebP by their names; convert "
+        "them: '2.gif', '3.TIFF', '4', ..."
     )
     assert second == (
         f"note: 1 files in {folder} are ignored, of no item in the titles file: '0001.png'"

@@ -176,8 +176,8 @@ def test_published_or_saved_again(tmp_path, capsys, name, encoding, said):
 
 
 def test_an_encoding_is_that_of_the_whole_file(tmp_path, capsys):
-    """ASCII says nothing; a file with bytes of both is ISO-8859-1 and told; what has a BOM is UTF-8,
-    so another byte in it is an error.
+    """ASCII says nothing; a file with bytes of both is ISO-8859-1 and told; what has a BOM is
+    UTF-8, so another byte in it is an error.
     """
     path = tmp_path / "movies.dat"
     path.write_bytes(b"1::Heat::War\n")

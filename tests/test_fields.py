@@ -27,7 +27,9 @@ def raw_lines(text):
     return [(n, line.split(",", 1)) for n, line in enumerate(text.splitlines(), 1)]
 
 
-QUOTED = 'item,title\n2,"A dish, with chili"\n3,"He said ""no"""\n4,Plain\n5,"Two\r\nlines"\n6,nan\n'
+QUOTED = (
+    'item,title\n2,"A dish, with chili"\n3,"He said ""no"""\n4,Plain\n5,"Two\r\nlines"\n6,nan\n'
+)
 
 
 def test_a_quoted_file_by_hand(tmp_path, capsys):
@@ -83,7 +85,7 @@ def test_both_in_one_file_is_refused_with_both_lines(tmp_path):
     """
     with pytest.raises(InputError, match=r"table.txt:1: .* quoted as csv, but line 3 .*3 fields"):
         read(tmp_path, '1,"A, B"\n2,C\n3,D, E\n')
-    with pytest.raises(InputError, match=r"table.txt:1: .* line 3 .* in all of the file or in none"):
+    with pytest.raises(InputError, match=r"table.txt:1: .* line 3 .* in all of it or in none"):
         read(tmp_path, '1,"A"\n2,"B"\n3,D, E\n')
     with pytest.raises(InputError, match=r"table.txt:3: .* but line 1 "):
         read(tmp_path, '1,D, E\n2,F, G\n3,"He said ""no"""\n')

@@ -36,7 +36,7 @@ def case(seed, n_users=9, n_items=13, n_pairs=40, width=3):
 
 
 def ranks_by_loop(user, item, train, targets):
-    """The place of each target among its user's free items; whoever scores as high stands before it.
+    """The place of each target among its user's free items; what scores as high stands before it.
     """
     held, found = set(zip(*train.tolist(), strict=True)), []
     for u, i in targets.T.tolist():
@@ -108,8 +108,8 @@ def test_a_model_that_scores_all_alike_gets_the_last_place():
 
 @pytest.mark.parametrize("score", [1.0, 0.0])
 def test_a_model_that_knows_nothing_recalls_nothing(score):
-    """Twenty users with the targets 0 .. 19 of 40 items, all scores 1, or all 0: with the smaller id
-    first, Recall@20 would be 1. Every branch alike; a score of its own at the target gives 1 again.
+    """Twenty users with the targets 0 .. 19 of 40 items, all scores 1, or all 0: with the smaller
+    id first, Recall@20 would be 1. Every branch alike; scores that know the target give 1 again.
     """
     users = torch.arange(20)
     seen = Seen(users, torch.full((20,), 39), 20)

@@ -221,7 +221,7 @@ def test_shuffled_images_change_the_order_and_not_what_is_retrieved(
     reports = {}
     for images in ("own", "shuffled"):
         run(
-            data, checkpoints, tmp_path / images, "--retriever", retriever, "--top-n", 8,
+            data, checkpoints, tmp_path / images, "--retriever", retriever, "--top-n", 30,
             "--images", images,
         )
         reports[images] = json.loads((tmp_path / images / "metrics.json").read_text())

@@ -51,7 +51,7 @@ FLOORS = [
     ["hanorec/ranking"],
     ["hanorec/brmrs"],
     ["hanorec/run"],
-    ["hanorec/studies", "hanorec/demo.py", "hanorec/export.py"],
+    ["hanorec/studies", "hanorec/demo.py", "hanorec/export.py", "hanorec/check.py"],
     ["."],
 ]
 

@@ -141,7 +141,7 @@ def _is_quoted(
     if sure or quoted > bare:
         raise InputError(
             f"{path}:{first}: this line is quoted as csv, but line {bad} is no csv ({why}); "
-            f"expected quotes in all of the file or in none, so mend either line"
+            f"expected quotes in all of it or in none, so mend either line"
         )
     if quoted:
         print(

@@ -8,7 +8,7 @@ header. A user's whole sequence is train + val + test. Two rules keep the future
   train + val + test (test).
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +60,10 @@ def load_interactions(
 ) -> Interactions:
     """Read the three files of a native dataset. InputError names the file, the line, the value."""
     directory = Path(directory)
-    train = _read_split(directory / "train.tsv", catalog, None, fault)
-    if not train:
-        fault(InputError(
-            f"{directory / 'train.tsv'}: no users; expected lines user<TAB>id id id ..."
-        ))
+    path = directory / "train.tsv"
+    train = _read_split(path, catalog, None, fault)
+    if not train and path.is_file():
+        fault(InputError(f"{path}: no users; expected lines user<TAB>id id id ..."))
     known = train or None
     val = _read_split(directory / "val.tsv", catalog, known, fault)
     test = _read_split(directory / "test.tsv", catalog, known, fault)
@@ -84,8 +83,9 @@ def _read_split(
                 f"{path}:{line}: {text.count(chr(9))} tabs in {shown(text)}; "
                 f"expected one, as in user<TAB>id id id ..."
             ))
-            if not tab:
-                continue
+            if tab and (train is None or user in train):
+                users.setdefault(user, ())  # known, though not what they had
+            continue
         if not user.strip():
             fault(InputError(
                 f"{path}:{line}: empty user {shown(user)}; "
@@ -164,6 +164,20 @@ def heldout_examples(data: Interactions, split: str, history: int = 5) -> list[E
             earlier = seen[max(0, position - history) : position]
             examples.append(Example(user, earlier, target, seen))
     return examples
+
+
+def check_some(directory: str | Path, examples: Sequence[Example], users: Collection[str]) -> None:
+    """InputError where these users give no training example."""
+    if not examples:
+        raise InputError(
+            f"{directory}: none of the {len(users)} users has two training items, expected some; "
+            f"choose other users or more data"
+        )
+
+
+def had_before(data: Interactions, split: str, examples: Iterable[Example]) -> list[Example]:
+    """Those of the split's examples whose target their user had before: copying finds it."""
+    return [example for example in examples if example.target in data.before(example.user, split)]
 
 
 def with_seen(examples: Iterable[Example]) -> Iterator[tuple[Example, frozenset[int]]]:

@@ -73,7 +73,7 @@ def _decode(path: Path, number: int, raw: bytes, encoding: str, fault: Fault) ->
             f"{path}:{number}: {kind} at position {found.start() + 1}; "
             f"expected text, so remove it or save the file again as plain text"
         ))
-        text = CONTROL.sub("?", text)
+        text = CONTROL.sub(" ", text.replace("\0", ""))  # UTF-16 reads as text with NULs
     return text
 
 

@@ -70,7 +70,7 @@ def adapter_card(
         base: name or path of the base checkpoint.
         ranks: of the adapter, then of those that it stands on, from the top down.
         alpha: of the adapter.
-        whole: what it stands on lies in the folder `below`.
+        whole: what it stands on lies in the folder below/.
         facts: those of hanorec.json, among them its stage and its prompts' settings.
     """
     count, total = len(ranks) - 1, sum(ranks)

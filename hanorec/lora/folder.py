@@ -1,6 +1,6 @@
 """An adapter's folder, read and checked without a model: plain LoRA, or refused by name.
 
-Source of the keys: PEFT 0.21, `peft/tuners/lora/config.py` and `layer.py`.
+Source of the keys: PEFT 0.21, tuners/lora, config.py and layer.py.
 """
 
 from pathlib import Path
@@ -112,8 +112,8 @@ def _check_start(path: Path, start: Any) -> None:
     if not (isinstance(start, str) and start.lower() in PLAIN_STARTS):
         raise InputError(
             f"{path}: init_lora_weights = {shown(start)}, expected true, false, "
-            f"{', '.join(PLAIN_STARTS)}: others change the base's own weights, and only plain "
-            "LoRA is supported; save it with PEFT's path_initial_model_for_weight_conversion, which "
+            f"{', '.join(PLAIN_STARTS)}: others change the base's own weights, and only plain LoRA "
+            "is supported; save it with PEFT's path_initial_model_for_weight_conversion, which "
             "makes it plain, or merge it there"
         )
 

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 from hanorec.base.errors import InputError, brief
 from hanorec.lora.layer import language_model
+from hanorec.mllm.checks import window
 from hanorec.mllm.template import Turn, is_marker, read_turn
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_next")  # config.model_type
@@ -61,8 +62,10 @@ class Backbone:
 
     @property
     def context(self) -> int:
-        """The longest row, in tokens, that the language model has positions for."""
-        return self.config.text_config.max_position_embeddings
+        """The longest row, in tokens: what the language model has positions for, and no more than
+        it sees at once, see `window`."""
+        text = self.config.text_config
+        return min(text.max_position_embeddings, window(text) or text.max_position_embeddings)
 
     @property
     def image_token(self) -> int:
@@ -202,6 +205,7 @@ def segment_attention(
     mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of [prompt | answer | answer ...] by segments, called as Transformers calls it.
@@ -213,13 +217,21 @@ def segment_attention(
     Args:
         query: (B, heads, T, width of a head). key, value: with as many heads or fewer.
         mask: (B, 1, N, T) of the last N columns, the answers; None where there is only a prompt.
+        sliding_window: how many tokens each may see in this layer, itself included.
     Returns:
         (B, T, heads, width of a head), and no weights.
+    Raises:
+        InputError: a prompt is longer than the window, so that attention would have to be cut.
     """
     attend = partial(
         F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
     prompt = query.shape[2] - (0 if mask is None else mask.shape[2])  # P
+    if sliding_window is not None and prompt > sliding_window:
+        raise InputError(
+            f"a text of {prompt} tokens is longer than the base's sliding_window of "
+            f"{sliding_window}, expected at most as many; shorten it"
+        )
     out = attend(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], is_causal=True)
     if mask is not None:
         answers = attend(query[:, :, prompt:], key, value, attn_mask=mask.to(query.dtype))

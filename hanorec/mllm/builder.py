@@ -47,21 +47,28 @@ class PromptBuilder:
         InputError where two titles are one sequence of tokens, so that no answer could tell them
         apart. Items of one title are not looked at: no candidate set holds them, a retriever may.
         """
-        images = self.config.candidate_images == "on"
-        parts = prompts.ranking_parts(self.shown, example.history, example.candidates, images)
-        row = self._row(example, parts, [self.shown.titles[row] for row in answers])
-        self._check_answers(example, answers, row)
+        titles = [self.shown.titles[row] for row in answers]
+        row = self._row(example, self.ranking_parts(example), titles)
+        self.check_answers(example, answers, row.answers)
         return row
+
+    def ranking_parts(self, example: Example) -> list[prompts.Part]:
+        """Texts and images of an example's ranking prompt."""
+        images = self.config.candidate_images == "on"
+        return prompts.ranking_parts(self.shown, example.history, example.candidates, images)
 
     def binary_row(self, example: Example, target: int, answers: Sequence[str]) -> prompts.Row:
         """The binary prompt about one item, answered by Yes, No, or both."""
         parts = prompts.binary_parts(self.shown, example.history, target)
         return self._row(example, parts, answers)
 
-    def _check_answers(self, example: Example, answers: Sequence[int], row: prompts.Row) -> None:
+    def check_answers(
+        self, example: Example, answers: Sequence[int], tokens_of: Sequence[list[int]]
+    ) -> None:
+        """InputError as in `ranking_row`. tokens_of: the tokens of each answer."""
         ids, titles = self.catalog.ids, self.catalog.titles
         owner: dict[tuple[int, ...], int] = {}  # tokens -> the first item that has them
-        for item, tokens in zip(answers, row.answers, strict=True):
+        for item, tokens in zip(answers, tokens_of, strict=True):
             other = owner.setdefault(tuple(tokens), item)
             if titles[other] == titles[item]:
                 continue

@@ -1,10 +1,11 @@
 """Load a checkpoint of the three families, and refuse what would be read wrongly."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -19,11 +20,16 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from hanorec.base.distributed import rank, usable_device, world_size
 from hanorec.base.errors import InputError, brief
 from hanorec.mllm.backbone import FAMILIES, Backbone, use_segment_attention
+from hanorec.mllm.checks import (
+    check_every_weight,
+    check_image_text,
+    check_patches,
+    check_stored_types,
+)
 from hanorec.mllm.sharding import divided
 from hanorec.mllm.spellings import pixel_limits, read_config
 from hanorec.mllm.template import choose_template
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that a weight may have
 SAFE = {"trust_remote_code": False}
 
 
@@ -46,9 +52,10 @@ def load_backbone(
         shard: divide the language model's layers over the ranks (sharding.py), of which rank 0
             alone reads the weights.
     Raises:
-        InputError: shard in a single process, not a checkpoint, another family, weights that are
-            missing, too many, of other shapes or no floats, a tokenizer without an end token,
-            without the image token, or of another model.
+        InputError: shard in a single process, not a checkpoint, another family, a setting that
+            `hanorec.mllm.attributes` does not allow, weights that are missing, too many, of other
+            shapes or no floats, a tokenizer without an end token, without the image token, or of
+            another model.
     """
     device = str(usable_device(device))
     if dtype == "auto":
@@ -64,24 +71,29 @@ def load_backbone(
         model = divided(full, path, numbers, torch.device(device))
     else:
         model = read_model(path, numbers)
-    tokenizer, image_processor, template = read_processors(path, model, max_pixels)
-    check_tokenizer(path, model, tokenizer)
+    backbone = with_processors(path, model, max_pixels)
     use_segment_attention(model)
     model.requires_grad_(False).to(device).eval()
+    return backbone
+
+
+def with_processors(path: str, model: nn.Module, max_pixels: int) -> Backbone:
+    """The backbone of a model, with what else its checkpoint holds."""
+    tokenizer, image_processor, template = read_processors(path, model, max_pixels)
+    check_tokenizer(path, model, tokenizer)
     family = model.config.model_type
     backbone = Backbone(str(path), family, model, tokenizer, image_processor, template)
     check_markers(backbone)
+    check_image_text(path, tokenizer, template, backbone.image_text)
     return backbone
 
 
 # ---- weights ----
 
 
-def read_model(path: str, dtype: torch.dtype) -> nn.Module:
-    """The checkpoint's model on the CPU, every weight of it from its files.
-
-    InputError as in `load_backbone`.
-    """
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Whatever Transformers' code runs into, while it reads a model, becomes an InputError."""
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").exists():
         raise InputError(
@@ -89,7 +101,30 @@ def read_model(path: str, dtype: torch.dtype) -> nn.Module:
             "it; check --model"
         )
     try:
-        check_stored_types(folder)
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        raise InputError(
+            f"{path}: cannot be loaded as an image-text model ({brief(error)}); expected a local "
+            f"folder or a hub name of one of {', '.join(FAMILIES)}, with safetensors weights"
+        ) from None
+
+
+def check_family(path: str, model: nn.Module) -> None:
+    """InputError for a model that is none of the three."""
+    family = model.config.model_type
+    if family not in FAMILIES:
+        raise InputError(f"{path}: model type {family!r}, expected one of {', '.join(FAMILIES)}")
+
+
+def read_model(path: str, dtype: torch.dtype) -> nn.Module:
+    """The checkpoint's model on the CPU, every weight of it from its files.
+
+    InputError as in `load_backbone`.
+    """
+    with reading(path):
+        check_stored_types(Path(path))
         model, loading = AutoModelForImageTextToText.from_pretrained(
             path,
             config=read_config(path),
@@ -98,61 +133,9 @@ def read_model(path: str, dtype: torch.dtype) -> nn.Module:
             output_loading_info=True,
             **SAFE,
         )
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001  Transformers raises whatever its code runs into
-        raise InputError(
-            f"{path}: cannot be loaded as an image-text model ({brief(error)}); expected a local "
-            f"folder or a hub name of one of {', '.join(FAMILIES)}, with safetensors weights"
-        ) from None
-    family = model.config.model_type
-    if family not in FAMILIES:
-        raise InputError(f"{path}: model type {family!r}, expected one of {', '.join(FAMILIES)}")
+    check_family(path, model)
     check_every_weight(path, loading)
     return model
-
-
-def check_stored_types(folder: Path) -> None:
-    """InputError where a weight in a local folder is stored in anything but plain floats.
-
-    Transformers would read the codes of a quantised weight as its values. Only the files' headers
-    are read.
-    """
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118  it is no dict
-                if not key.endswith((".weight", ".bias")):
-                    continue
-                stored = file.get_slice(key).get_dtype()
-                if stored not in FLOATS:
-                    raise InputError(
-                        f"{path}: {key} is stored as {stored}, expected F64, F32, F16 or BF16; use "
-                        "a checkpoint that is not quantised"
-                    )
-
-
-def check_every_weight(path: str, loading: dict[str, Any]) -> None:
-    """InputError where files and model do not hold the same weights. loading: what Transformers
-    says of it."""
-    missing = sorted(loading["missing_keys"])
-    if missing == ["lm_head.weight"]:
-        raise InputError(
-            f"{path}: lm_head.weight is missing, and config.json does not say that the embeddings "
-            "serve as it (tie_word_embeddings), expected one of the two; copy the checkpoint again"
-        )
-    if missing:  # Transformers would draw them at random and only warn
-        raise InputError(
-            f"{path}: {len(missing)} weights are missing, e.g. {missing[0]}, expected a whole "
-            "checkpoint; copy it again"
-        )
-    # Positions are computed, not learnt; old files hold them.
-    computed = ("position_ids", "inv_freq")
-    extra = sorted(key for key in loading["unexpected_keys"] if not key.endswith(computed))
-    if extra:  # left out with a warning: perhaps layers that config.json lacks
-        raise InputError(
-            f"{path}: {len(extra)} weights have no place in the model that config.json describes, "
-            f"e.g. {extra[0]}; expected config.json and weights of one checkpoint; copy both again"
-        )
 
 
 # ---- tokenizer and image processor ----
@@ -166,7 +149,7 @@ def read_processors(path: str, model: nn.Module, max_pixels: int) -> tuple[Any, 
         return read(path, model, max_pixels)
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001  as in `read_model`
+    except Exception as error:  # noqa: BLE001  as in `reading`
         raise InputError(
             f"{path}: its tokenizer or image processor cannot be loaded ({brief(error)}); copy "
             "tokenizer and preprocessor files of the same checkpoint beside the weights"
@@ -192,6 +175,7 @@ def _qwen_processors(path: str, model: nn.Module, max_pixels: int) -> tuple[Any,
     limits = pixel_limits(path)
     size = {"size": limits} if limits else {}
     image_processor = AutoImageProcessor.from_pretrained(path, **size, **SAFE)
+    check_patches(path, image_processor, model.config.vision_config)
     unit = (image_processor.patch_size * image_processor.merge_size) ** 2  # pixels behind one token
     if max_pixels < unit:
         raise InputError(

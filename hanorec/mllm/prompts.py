@@ -14,6 +14,7 @@ from torch import Tensor
 from hanorec.base.errors import InputError, shown
 from hanorec.datasets.catalog import Catalog
 from hanorec.mllm.backbone import Backbone, ImageFeatures, prompt_positions
+from hanorec.mllm.checks import window
 
 Part = str | int  # a text, or the row of the item whose image stands here
 
@@ -80,10 +81,9 @@ def answer_ids(backbone: Backbone, text: str) -> list[int]:
     pieces[-1] += turn.ending
     ids = _tokens(backbone, [turn.opening + pieces[0], *pieces[1:]], turn.add_tokens)
     known = list(turn.prompt)
-    if ids[: len(known)] == known:
-        ids = ids[len(known) :]
-    else:  # a token reaches from the prompt into the answer, but the prompt is fixed
-        ids = _going_on(backbone, pieces)
+    whole = ids[: len(known)] == known
+    # else a token would reach from the prompt into the answer, but the prompt is fixed
+    ids = ids[len(known) :] if whole else _going_on(backbone, pieces)
     of_turn = _count_markers(backbone, turn.whole) - _count_markers(backbone, known)
     _check_markers(backbone, ids, of_turn, f"the title {shown(text)}")
     return ids
@@ -164,6 +164,19 @@ def encode_row(
     Raises InputError where prompt and longest answer do not fit the model's context, see
     `too_long`. Nothing is cut off here.
     """
+    ids, images = prompt_ids(backbone, name, parts, pictures)
+    longest = len(ids) + max(len(answer) for answer in answers)
+    if longest > backbone.context:
+        of_images = ids.count(backbone.image_token)
+        raise InputError(too_long(backbone, name, parts, longest, of_images))
+    positions = prompt_positions(backbone, ids, [pictures[row].grid for row in images])
+    return Row(name, ids, positions, images, answers)
+
+
+def prompt_ids(
+    backbone: Backbone, name: str, parts: list[Part], pictures: Mapping[int, ImageFeatures]
+) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt, and the catalogue rows of the images in it."""
     turn, images, pieces = backbone.turn, [], [backbone.turn.before]
     for is_text, group in groupby(parts, lambda part: isinstance(part, str)):
         if is_text:  # joined, since a marker may reach over several
@@ -181,12 +194,7 @@ def encode_row(
     for token in short:
         is_image = token == backbone.image_token
         ids += [token] * (len(pictures[next(numbers)].features) if is_image else 1)
-    longest = len(ids) + max(len(answer) for answer in answers)
-    if longest > backbone.context:
-        of_images = ids.count(backbone.image_token)
-        raise InputError(too_long(backbone, name, parts, longest, of_images))
-    positions = prompt_positions(backbone, ids, [pictures[row].grid for row in images])
-    return Row(name, ids, positions, images, answers)
+    return ids, images
 
 
 def too_long(
@@ -201,8 +209,11 @@ def too_long(
     remedies = "shorten --history, or cut long titles with --max-title-tokens"
     if longest - of_images <= backbone.context:  # without its images it would fit
         remedies = f"lower --max-pixels, switch off --candidate-images, {remedies}"
+    limit = f"context of {backbone.context}"
+    if backbone.context == window(backbone.config.text_config):
+        limit = f"sliding_window of {backbone.context} tokens, beyond which it would attend in part"
     return (
         f"user {name}: prompt and answer take {longest} tokens, {of_images} of them images, but "
-        f"{backbone.path} has a context of {backbone.context}; the longest title, {shown(title)}, "
+        f"{backbone.path} has a {limit}; the longest title, {shown(title)}, "
         f"takes {takes} tokens: {remedies}"
     )

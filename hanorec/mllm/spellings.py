@@ -6,6 +6,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from hanorec.base.errors import InputError, shown
+from hanorec.mllm.checks import check_attributes
 
 
 def read_config(path: str) -> PreTrainedConfig:
@@ -13,11 +14,13 @@ def read_config(path: str) -> PreTrainedConfig:
 
     Transformers looks at the whole model's `tie_word_embeddings`; older files have it for the
     language model alone. Where both weights are stored and differ, it does not tie them.
+    InputError where it has a setting that the table of `hanorec.mllm.attributes` does not allow.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     language = getattr(config, "text_config", None)
     if getattr(language, "tie_word_embeddings", False):
         config.tie_word_embeddings = True
+    check_attributes(path, config)
     return config
 
 

@@ -15,6 +15,7 @@ from hanorec.datasets.candidates import draw_candidates, draw_hard_candidates, n
 from hanorec.datasets.catalog import Catalog, load_catalog
 from hanorec.datasets.interactions import (
     Example,
+    check_some,
     load_interactions,
     select_users,
     training_examples,
@@ -43,11 +44,7 @@ def load_examples(
         print(
             f"{without} of {len(users)} users have a single training item, so they give no example"
         )
-    if not examples:
-        raise InputError(
-            f"{data.data}: none of the {len(users)} users has two training items, expected some; "
-            "choose other users or more data"
-        )
+    check_some(data.data, examples, users)
     print_missing_images(catalog)
     negatives = data.candidates - 1
     builder = PromptBuilder(backbone, catalog, {}, data)

@@ -7,6 +7,7 @@ each text with a piece of its own, and tokens may reach over a seam.
 """
 
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -109,7 +110,8 @@ def read_turn(path: str, tokenizer: Any, template: str | None, image: str) -> Tu
     if tokens[len(tokens) - len(plain) :] != plain:
         raise InputError(
             f"{path}: its tokenizer ends every text with {tokenizer.decode(tokens[-1:])!r}, so no "
-            "answer could follow a prompt; set add_eos_token to false in tokenizer_config.json"
+            "answer could follow a prompt; take it out of post_processor in tokenizer.json, and "
+            "set add_eos_token to false in tokenizer_config.json"
         )
     whole = tokenizer.encode(opening + lead + STAND_IN + ending, add_special_tokens=add_tokens)
     return Turn(before, after, lead, ending, add_tokens, tuple(tokens), tuple(whole))
@@ -117,21 +119,16 @@ def read_turn(path: str, tokenizer: Any, template: str | None, image: str) -> Tu
 
 def _around(path: str, tokenizer: Any, template: str) -> tuple[str, str, str, str]:
     """The first four of a `Turn`."""
-
-    def rendered(*texts: str, **options: Any) -> str | None:
-        roles = ("user", "assistant")
-        messages = [
-            {"role": role, "content": form(text)}
-            for role, text in zip(roles, texts, strict=False)
-        ]
-        return _rendered(path, tokenizer, template, messages, **options)
-
+    rendered = partial(_rendered, path, tokenizer, template)
     for form in (_parts, str):
-        prompt = rendered(USER, add_generation_prompt=True)
+        asked = {"role": "user", "content": form(USER)}
+        prompt = rendered([asked], add_generation_prompt=True)
         if prompt is None or prompt.count(USER) != 1 or PARTS_AS_TEXT.search(prompt):
             continue
+        answered = {"role": "assistant", "content": form(ANSWER)}
+        around_answer = _around_answer(path, tokenizer, prompt, rendered([asked, answered]))
         before, after = prompt.split(USER)
-        return before, after, *_around_answer(path, tokenizer, prompt, rendered(USER, ANSWER))
+        return before, after, *around_answer
     raise _no_frame(path)
 
 

@@ -21,6 +21,7 @@ from hanorec.datasets.frozen import load_candidates, save_candidates
 from hanorec.datasets.interactions import (
     Example,
     Interactions,
+    had_before,
     heldout_examples,
     load_interactions,
     select_users,
@@ -60,7 +61,7 @@ def held_out(data: DataConfig, config: EvalConfig) -> HeldOut:
             f"{data.data}: none of the {len(users)} users chosen is in {config.split}.tsv, "
             "expected some; widen --users-from, --users-to"
         )
-    repeats = sum(e.target in interactions.before(e.user, config.split) for e in chosen)
+    repeats = len(had_before(interactions, config.split, chosen))
     if repeats:
         print(
             f"note: {repeats} of {len(chosen)} targets are items that their user had before; "

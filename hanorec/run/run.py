@@ -131,9 +131,11 @@ class Run:
             "base": self.inputs["base"],
             "adapter_stack": self.inputs["adapter_stack"],
         }
-        if choice != "once" or run_on_all_ranks(path.exists)[0]:  # as rank 0 sees it
-            return load_reference(path, depends).to(backbone.device)
-        self._write_record()
+        known = choice != "once" or run_on_all_ranks(path.exists)[0]  # as rank 0 sees it
+        reference = load_reference(path, depends) if known else None
+        self._write_record()  # all input has proved good
+        if reference is not None:
+            return reference.to(backbone.device)
         with adapters_off(backbone.model):
             reference, _ = score_rows(
                 backbone,

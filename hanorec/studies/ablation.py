@@ -25,6 +25,7 @@ from pathlib import Path
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import write_json, write_text
+from hanorec.base.lock import lock_folder
 from hanorec.datasets.posterland import make_posterland
 from hanorec.studies import stages
 from hanorec.studies.runs import run_rows
@@ -129,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in range(args.seed, args.seed + args.seeds):
             source, model = data, args.model
             if args.data is None:
+                lock_folder(here)
                 world = here / f"data-{seed}"
                 source, model = str(world), str(stages.BASE)
                 if not (world / "dataset.json").exists():

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from hanorec.base.config import DataConfig, TrainConfig
+from hanorec.base.lock import lock_folder
 from hanorec.datasets.posterland import make_posterland
 from hanorec.lora.layer import adapters_off
 from hanorec.lora.loading import attach_policy
@@ -35,6 +36,7 @@ DPO_USERS = {"users_from": 0.5, "users_to": 0.667}  # those of `stages.DPO`
 
 def make_run(out: Path) -> None:
     """Posterland, its four trainings and two evaluations; what is finished stays."""
+    lock_folder(out)
     data = out / "data"
     if not (data / "dataset.json").exists():
         make_posterland(data, stages.USERS, seed=SEED)

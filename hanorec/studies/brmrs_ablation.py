@@ -23,6 +23,7 @@ from hanorec.base.command import run
 from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_object, write_json, write_text
+from hanorec.base.lock import lock_folder
 from hanorec.base.settings import parse
 from hanorec.datasets.mmrec import write_mmrec
 from hanorec.metrics import paired_test
@@ -179,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags += ["--model", args.model]
     files, config = parse([BrmrsFiles, BrmrsConfig], flags, __doc__)
     rows = {name: replace(config, **changes) for name, changes in ROWS.items()}
+    lock_folder(Path(args.out))
     run_rows(Path(args.out), files, rows, range(config.seed, config.seed + args.seeds))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from hanorec.base.config import DataConfig, DpoConfig, EvalConfig, ModelConfig, TrainConfig
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_json, read_object, write_json
+from hanorec.base.lock import lock_folder
 from hanorec.base.settings import parse
 from hanorec.run.record import all_settings, check_settings
 from hanorec.studies.scripts import script
@@ -20,6 +21,7 @@ TRAINING = {
 }
 
 EVALUATION = [ModelConfig, DataConfig, EvalConfig]
+SEEN = ("data", "images", "image_processor", "turn", "base")  # of an evaluation's inputs
 
 
 def folder_name(row: str) -> str:
@@ -70,7 +72,7 @@ def run_row(
         policy = next(iter(one["policies"].values()))
         known = {key: one[key] for key in ("users", "popularity", "chance")}
         sets[kind] = {**policy, **known}
-    read = [key for key in inputs if key == "data" or key.startswith("candidates_")]
+    read = [key for key in inputs if key in SEEN or key.startswith("candidates_")]
     return {
         "sets": sets,
         "evaluated_on": {key: inputs[key] for key in read},
@@ -113,6 +115,7 @@ def run_rows(
         if name:  # a wrong flag of any row ends the command before the first one trains
             settings(TRAINING[name], stage)
 
+    lock_folder(here)
     found: dict[str, dict[str, Any]] = {}
     for row, (name, stage) in plan.items():
         print(f"\n{here}: {row}")

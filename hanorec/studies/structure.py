@@ -32,7 +32,7 @@ FLOORS = [
     ("run", ["hanorec/run"], "a training run: folder, log, checkpoints, reference"),
     (
         "studies",
-        ["hanorec/studies", "hanorec/demo.py", "hanorec/export.py"],
+        ["hanorec/studies", "hanorec/demo.py", "hanorec/export.py", "hanorec/check.py"],
         "commands that run the scripts, compare and draw",
     ),
     ("scripts", ["."], "the loops, to be read from top to bottom"),

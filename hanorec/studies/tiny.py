@@ -74,7 +74,7 @@ def make_checkpoint(
     shape = language if family == "llava_next" else family
     ids = write_text_files(shape, out, texts, vocabulary, context)
     text = {
-        "vocab_size": -(-max(ids.values()) // 64) * 64,  # the hub's embed more than there are, too
+        "vocab_size": 64 * (max(ids.values()) // 64 + 1),  # more than there are, as on the hub
         "hidden_size": width,
         "intermediate_size": 3 * width,
         "num_hidden_layers": layers,
