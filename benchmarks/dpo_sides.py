@@ -1,174 +1,178 @@
-"""Both sides of benchmarks/dpo_step.py, from the same weights and pairs: train_dpo.py's step, and
-that of TRL's DPOTrainer with PEFT.
+"""Our side of benchmarks/dpo_step.py: the step that stands in train_dpo.py, run by its own `main`.
+
+A toy takes the place of what `main` loads, plans, keeps and writes. The body of its loop, and
+`Run.update` below it, are what users run.
 """
 
-import sys
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig
-from torch import Tensor
-from toys import (
-    Example,
-    ImageTextProcessor,
-    Work,
-    busy_lora,
-    encode,
-    image_processor,
-    load,
-    model,
-    tokenizer,
-)
-from trl import DPOConfig, DPOTrainer
-from trl.trainer import utils
+from measure import now
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import Example, Work, busy_lora, encode, load
 
-from hanorec.hars import pair_beta, responsiveness, reward_gap
-from hanorec.lora.layer import LoRALinear, adapters_off, lora_layers, lora_noise
-from hanorec.losses import dpo_loss, preference_logit
-from hanorec.mllm.collate import collate
-from hanorec.mllm.forward import forward
-from hanorec.scoring import answer_log_probs
+from hanorec.base.config import DataConfig
+from hanorec.datasets.catalog import Catalog
+from hanorec.lora.layer import LoRALinear, adapters_off, lora_layers
+from hanorec.mllm.backbone import Backbone
+from hanorec.mllm.builder import PromptBuilder
+from hanorec.mllm.collate import Batch
+from hanorec.mllm.forward import score_rows
+from hanorec.mllm.prompts import Row
+from hanorec.mllm.tasks import Preference
+from hanorec.run.run import Plan, Run
+from hanorec.studies.scripts import script
+from hanorec.topk import topk_neighbors
 
 BETA, RATE, CLIP, RANK = 0.1, 1e-5, 1.0, 8
-LINEARS = "(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+FLAGS = [
+    "--model", "toy", "--data", "toys", "--out", "nowhere", "--accumulation", "1",
+    "--beta0", str(BETA), "--learning-rate", str(RATE), "--clip", str(CLIP), "--k", "3",
+]
 
 
 @dataclass
 class Side:
-    """step(): one whole step. losses: of each step. gradient(): of the LoRA weights, one flat
-    vector, by the layers' names. adapter: the layers that a peer starts from.
+    """step(): one whole step, and the seconds that it took. losses: of each step. gradient(): of
+    the LoRA weights in the first step, clipped, one flat vector, by the layers' names. adapter: the
+    layers that a peer starts from.
     """
 
-    step: Callable[[], None]
+    step: Callable[[], float]
     losses: list[float]
     gradient: Callable[[], Tensor]
     adapter: dict[str, LoRALinear] | None = None
 
 
 def ours(
-    work: Work, made: list[Example], device: str, cached: bool = False, clean: bool = False,
-    sigma: float = 0.0, tower: bool = False, prepared: bool = False,
+    work: Work, made: list[Example], device: str, *flags: str, tower: bool = False,
+    prepared: bool = False,
 ) -> Side:
-    """train_dpo.py's step. clean: HaRS's extra pass and its weights; sigma: NoDO's noise; tower:
-    encode the images in each step, which train_dpo.py does once; prepared: collated beforehand.
+    """train_dpo.py's step. flags: more of its flags; tower: encode the images in each step, which
+    it does once; prepared: collated beforehand.
     """
-    backbone, rows, pictures = load(work, made, device)
-    policy = backbone.model
-    layers = busy_lora(policy, RANK)
-    trained = []
-    for layer in layers:
-        trained += [layer.A, layer.B]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    noise = torch.Generator(device).manual_seed(0)
-    lam = torch.linspace(0.5, 0.8, len(rows), device=device)
-    batch = collate(backbone, rows, pictures) if prepared else None
-    losses: list[float] = []
+    run = ToyRun(work, made, device, tower, prepared)
+    train_dpo = script("train_dpo")  # a module of this side alone
+    train_dpo.Run = run.begin
+    train_dpo.load_examples = lambda *_: (run.builder, [])
+    train_dpo.preferences = lambda *_: run.prompts
+    train_dpo.write_pairs = lambda *_: None
 
-    def reference(micro: Any) -> Tensor:
-        with torch.no_grad(), adapters_off(policy):
-            return answer_log_probs(forward(backbone, micro), micro)
+    def step() -> float:
+        train_dpo.main([*FLAGS, "--micro-batch", str(len(made)), *flags])
+        return run.seconds
 
-    known = reference(collate(backbone, rows, pictures)) if cached else None
+    return Side(step, run.losses, lambda: run.gradient, run.adapter)
 
-    def step() -> None:
-        optimizer.zero_grad()
-        micro = batch or collate(backbone, rows, encode(backbone, made) if tower else pictures)
-        policy.eval()
-        ref = known if cached else reference(micro)  # (B, 2)
-        beta: float | Tensor = BETA
-        if clean:
-            with torch.no_grad():
-                h = preference_logit(*answer_log_probs(forward(backbone, micro), micro).T, *ref.T)
-            beta = pair_beta(lam, responsiveness(reward_gap(h, BETA)), BETA)
-        policy.train()
-        with lora_noise(policy, sigma, noise):
-            log_probs = answer_log_probs(forward(backbone, micro), micro)  # (B, 2)
-            loss = dpo_loss(preference_logit(*log_probs.T, *ref.T), beta).sum() / len(rows)
-            loss.backward()
-        losses.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(trained, CLIP).item()
-        optimizer.step()
 
-    def gradient() -> Tensor:
+@dataclass(frozen=True)
+class ToyBuilder(PromptBuilder):
+    """shown_anew: whose images each `collate` encodes again. ready: a finished batch, if any."""
+
+    shown_anew: list[Example]
+    ready: list[Batch] = field(default_factory=list)
+
+    def collate(self, rows: Sequence[Row], part: Sequence[int]) -> Batch:
+        if self.ready:
+            return self.ready[0]
+        self.pictures.update(encode(self.backbone, self.shown_anew))
+        return super().collate(rows, part)
+
+    def neighbors(self, k: int, form: str = "input") -> tuple[Tensor, Tensor, Tensor]:
+        """Of drawn vectors, since the toys have no titles: e (N, d), scores and index (N, K)."""
+        generator = torch.Generator().manual_seed(2)
+        drawn = torch.randn(len(self.catalog.ids), self.backbone.width, generator=generator)
+        e = F.normalize(drawn, dim=1).to(self.backbone.device)
+        return e, *topk_neighbors(e, k)
+
+
+class ToyRun(Run):
+    """A run of one step, always on the same rows, that `main` may begin again and again: the
+    adapter and AdamW's moments go on from one to the next. It has no folder.
+    """
+
+    def __init__(
+        self, work: Work, made: list[Example], device: str, tower: bool, prepared: bool
+    ) -> None:
+        self.clock = device
+        self.backbone, self.rows, pictures = load(work, made, device)
+        policy = self.backbone.model
+        self.trained = []
+        for layer in busy_lora(policy, RANK):
+            self.trained += [layer.A, layer.B]
+        self.adapter = lora_layers(policy)
+
+        self.prompts = []
+        for n, row in enumerate(self.rows):
+            self.prompts.append(Preference(row, chosen=2 * n, rejected=[2 * n + 1]))
+        ids = tuple(str(item) for item in range(2 * len(self.rows)))
+        catalog = Catalog(Path(), "toys", ids, ids, (None,) * len(ids), "none")
+        config = DataConfig("toys")
+        self.builder = ToyBuilder(self.backbone, catalog, pictures, config, made if tower else [])
+        if prepared:
+            self.builder.ready.append(self.builder.collate(self.rows, self.batch))
+        with adapters_off(policy):
+            scores, _ = score_rows(self.backbone, self.rows, pictures, len(made), about="reference")
+        self.known = scores.to(device)  # (P, 2)
+
+        self.moments: dict[Tensor, Any] = defaultdict(dict)  # AdamW's
+        self.losses: list[float] = []
+        self.gradient = torch.empty(0)
+        self.seconds = 0.0
+
+    @property
+    def batch(self) -> list[int]:
+        return list(range(len(self.rows)))
+
+    def begin(self, configs: Sequence[Any]) -> Run:
+        """What `main` calls instead of `Run`."""
+        self.configs = configs
+        self.model, self.data, self.train = configs[:3]
+        self.out = Path(self.train.out)  # nothing is written there
+        return self
+
+    def load_backbone(self) -> Backbone:
+        return self.backbone
+
+    def plan(self, rows: Sequence[Row], backbone: Backbone, least: int = 1) -> Plan:
+        return [(0, self.batch)]
+
+    def trainable_adapter(self, backbone: Backbone) -> list[nn.Parameter]:
+        return self.trained
+
+    def describe(self, builder: PromptBuilder, **facts: Any) -> None:
+        pass
+
+    def reference(self, choice: str, builder: PromptBuilder, rows: Sequence[Row]) -> Tensor:
+        return self.known
+
+    def steps(
+        self, plan: Plan, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None = None,
+        **own_generators: torch.Generator,
+    ) -> Iterator[tuple[int, int, list[int]]]:
+        """One step, timed until the loop comes back. It is number 1: number 0 has no clean pass."""
+        self.optimizer, self.step = optimizer, 1
+        optimizer.state = self.moments
+        if not self.losses:
+            optimizer.register_step_pre_hook(self.keep_gradient)
+        start = now(self.clock)
+        yield self.step, 0, self.batch
+        self.seconds = now(self.clock) - start
+
+    def keep_gradient(self, *_: Any) -> None:
+        """Called by the optimizer as its step begins: `Run.update` has clipped by then."""
         grads = []
-        for _, layer in sorted(lora_layers(policy).items()):
+        for _, layer in sorted(self.adapter.items()):
             grads += [layer.A.grad.flatten().cpu(), layer.B.grad.flatten().cpu()]
-        return torch.cat(grads)
+        self.gradient = torch.cat(grads)
 
-    return Side(step, losses, gradient, lora_layers(policy))
+    def log(self, **record: Any) -> None:
+        self.losses.append(record["loss"])
 
-
-def theirs(
-    work: Work, made: list[Example], device: str, adapter: dict[str, LoRALinear] | None = None,
-    cached: bool = False, answers_only: bool = False, prepared: bool = False,
-) -> Side:
-    """TRL's own step: its collator, its training_step (loss, metrics, backward), clip and
-    optimizer. adapter: LoRA weights to start from.
-
-    answers_only: score the answers' positions alone, which TRL itself does only where it finds
-    Triton.
-    """
-    disable_progress_bars()
-    pairs: list[dict[str, Any]] = [
-        {"prompt": e.prompt, "chosen": e.answers[0], "rejected": e.answers[1]} for e in made
-    ]
-    processing: Any = tokenizer(work.vocabulary)
-    if work.vision:
-        pairs = [pair | {"images": e.images} for pair, e in zip(pairs, made, strict=True)]
-        processing = ImageTextProcessor(image_processor(), processing)
-    config = DPOConfig(
-        tempfile.gettempdir(), per_device_train_batch_size=len(pairs), beta=BETA,
-        learning_rate=RATE, max_grad_norm=CLIP, optim="adamw_torch", weight_decay=0.0, bf16=False,
-        use_cpu=device == "cpu", activation_checkpointing=False, max_length=None, report_to="none",
-        precompute_ref_log_probs=cached,
-    )
-    lora = LoraConfig(
-        r=RANK, lora_alpha=32, lora_dropout=0.0, target_modules=rf"^(?!.*visual).*\.{LINEARS}$",
-        task_type="CAUSAL_LM",
-    )
-    trainer = DPOTrainer(
-        model(work), args=config, train_dataset=Dataset.from_list(pairs),
-        processing_class=processing, peft_config=lora,
-    )
-    trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # what trainer.train() sets
-    wrapped, optimizer = trainer.model, trainer.optimizer
-    sides = {}  # ...q_proj.lora_A -> weight
-    for name, weight in wrapped.named_parameters():
-        if weight.requires_grad:
-            sides[name.removeprefix("base_model.model.").replace(".default.weight", "")] = weight
-    for name, layer in (adapter or {}).items():
-        with torch.no_grad():
-            sides[f"{name}.lora_A"].copy_(layer.A)
-            sides[f"{name}.lora_B"].copy_(layer.B)
-    if adapter and len(sides) != 2 * len(adapter):
-        sys.exit(
-            f"error: PEFT trains {len(sides)} weights, hanorec {2 * len(adapter)}, expected as many"
-        )
-    # TRL tokenises a text data set beforehand, and a vision one in its collator
-    if not work.vision:
-        names = ["prompt_ids", "chosen_ids", "rejected_ids"]
-        if cached:
-            names += ["ref_chosen_logps", "ref_rejected_logps"]
-        pairs = []
-        for row in trainer.train_dataset:
-            pairs.append({name: row[name] for name in names})
-    batch = trainer.data_collator([dict(pair) for pair in pairs]) if prepared else None
-    installed, losses = utils._use_triton, []
-
-    def step() -> None:
-        wrapped.zero_grad()
-        inputs = dict(batch) if prepared else trainer.data_collator([dict(pair) for pair in pairs])
-        utils._use_triton = (lambda device: True) if answers_only else installed
-        losses.append(trainer.training_step(wrapped, inputs).item())
-        trainer.accelerator.clip_grad_norm_(wrapped.parameters(), CLIP).item()
-        optimizer.step()
-
-    return Side(
-        step, losses,
-        lambda: torch.cat([sides[name].grad.flatten().cpu() for name in sorted(sides)]),
-    )
+    def finish(self, policy: nn.Module, stage: str, **facts: Any) -> None:
+        pass

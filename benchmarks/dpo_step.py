@@ -9,13 +9,17 @@ text: Qwen2, prompts of 512 tokens. vision: Qwen2.5-VL, 519 tokens of which five
 224. Both: 4 pairs, answers of 12 tokens, LoRA r = 8 on all linears of the language model; sizes in
 toys.py.
 
-A step = collate, reference log-probabilities, policy forward, loss, backward, clip, AdamW. live:
-the reference runs in each step; cached: its log-probabilities are known (TRL:
-precompute_ref_log_probs, which it refuses for images). hanorec keeps the features of the images in
-either case, unless the row says otherwise. The clean pass of HaRS and the noise of NoDO are no part
-of plain DPO: their rows say what they cost on top. "answers only": TRL runs the head on answer
-positions alone where it finds Triton, and on all positions elsewhere, so on a CPU; these rows give
-it the former there too, and are the ones to judge the method by.
+hanorec's rows run train_dpo.py's own `main`, timed from where its loop is given a step to where it
+asks for the next: collate, policy forward, loss, backward, clip, AdamW, and what it logs. The
+reference is known, as it always is there. TRL's step: collate, reference, forward, loss, backward,
+clip, AdamW; live: the reference runs in each step; cached: its log-probabilities are known
+(precompute_ref_log_probs, which it refuses for images). hanorec keeps the features of the images,
+unless the row says otherwise. The clean pass of HaRS and the noise of NoDO are no part of plain
+DPO: their rows say what they cost on top. "answers only": TRL runs the head on answer positions
+alone where it finds Triton, and on all positions elsewhere, so on a CPU; these rows give it the
+former there too, and are the ones to judge the method by.
+
+Without TRL and PEFT (`pip install -c constraints.txt -e ".[bench]"`) hanorec's rows stand alone.
 """
 
 import argparse
@@ -23,32 +27,52 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from dpo_sides import RANK, Side, ours, theirs
-from measure import agree, begin, gemm_rate, interleaved, measure_memory, peak_memory
+from dpo_sides import RANK, Side, ours
+from measure import agree, begin, gemm_rate, measure_memory, medians, peak_memory
 from toys import Example, Work, examples, forward_flops
+
+PLAIN = "hanorec"  # the side whose adapter the peers start from
+
+
+def theirs(*work: Any, **options: Any) -> Side:
+    """Of dpo_trl.py, which takes TRL some seconds to import: only where it is needed."""
+    from dpo_trl import theirs as make
+
+    return make(*work, **options)
 
 
 def build(work: Work, made: list[Example], device: str) -> dict[str, Callable[..., Side]]:
     """Every row of the table."""
-    def of(side: Callable[..., Side], **options: Any) -> Callable[..., Side]:
-        return lambda **more: side(work, made, device, **options, **more)
+
+    def script(*flags: str, **options: Any) -> Callable[..., Side]:
+        return partial(ours, work, made, device, *flags, **options)
+
+    def peer(**options: Any) -> Callable[..., Side]:
+        return partial(theirs, work, made, device, **options)
+
+    plain = ["--ablation", "dpo"]
     sides = {
-        "hanorec live": of(ours), "hanorec cached": of(ours, cached=True),
-        "hanorec live + clean pass": of(ours, clean=True),
-        "hanorec live + noise": of(ours, sigma=0.01),
-        "hanorec live + both": of(ours, clean=True, sigma=0.01), "TRL live": of(theirs),
+        PLAIN: script(*plain),
+        "hanorec + clean pass": script("--ablation", "no_nodo"),
+        "hanorec + noise": script("--ablation", "no_hars", "--sigma", "0.01"),
+        "hanorec + both": script("--sigma", "0.01"),
     }
     if work.vision:
-        sides = {"hanorec live, images in each step": of(ours, tower=True)} | sides
+        sides = {"hanorec, images in each step": script(*plain, tower=True)} | sides
+    if not (find_spec("trl") and find_spec("peft")):
+        return sides
+    sides["TRL live"] = peer()
     if device == "cpu":
-        sides["TRL live, answers only"] = of(theirs, answers_only=True)
+        sides["TRL live, answers only"] = peer(answers_only=True)
     if not work.vision:  # TRL refuses to precompute for images
-        sides["TRL cached"] = of(theirs, cached=True)
+        sides["TRL cached"] = peer(cached=True)
         if device == "cpu":
-            sides["TRL cached, answers only"] = of(theirs, cached=True, answers_only=True)
+            sides["TRL cached, answers only"] = peer(cached=True, answers_only=True)
     return sides
 
 
@@ -120,11 +144,13 @@ def main() -> None:
         print(measure_memory(makers[args.memory](prepared=args.prepared).step, args.device))
         return
     begin(args.device)
+    if not any(name.startswith("TRL") for name in makers):
+        print('note: no TRL or no PEFT: pip install -c constraints.txt -e ".[bench]"\n')
     command = [__file__, *sys.argv[1:]]
     memory = {name: peak_memory([*command, "--memory", name]) for name in makers}
     sides: dict[str, Side] = {}
     for name, make in makers.items():
-        start = {"adapter": sides["hanorec live"].adapter} if name.startswith("TRL") else {}
+        start = {"adapter": sides[PLAIN].adapter} if name.startswith("TRL") else {}
         sides[name] = make(prepared=args.prepared, **start)
     check(sides)
     rate = gemm_rate(args.device)
@@ -133,15 +159,13 @@ def main() -> None:
     floors = {
         name: (
             train
-            + forward_flops(work) * ("cached" not in name)
+            + forward_flops(work) * ("live" in name)
             + forward_flops(work, rank=RANK) * ("clean" in name or "both" in name)
         )
         / rate
         for name in sides
     }
-    seconds = interleaved(
-        {name: side.step for name, side in sides.items()}, args.rounds, args.device
-    )
+    seconds = medians({name: side.step for name, side in sides.items()}, args.rounds)
     table(seconds, floors, memory)
 
 

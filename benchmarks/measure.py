@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,9 +26,16 @@ PEERS = ("torch", "transformers", "trl", "peft")
 def begin(device: str) -> None:
     """Pin the threads; say what is measured, and on what."""
     torch.set_num_threads(1)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PEERS)
+    versions = ", ".join(f"{name} {version(name)}" for name in PEERS)
     where = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread, process time"
     print(f"float32, {where}; {versions}\n")
+
+
+def version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def now(device: str) -> float:
@@ -37,14 +45,25 @@ def now(device: str) -> float:
     return time.process_time()
 
 
+def timed(side: Callable[[], object], device: str) -> float:
+    """Seconds of one call."""
+    start = now(device)
+    side()
+    return now(device) - start
+
+
 def interleaved(sides: Sides, rounds: int, device: str) -> dict[str, float]:
     """Median seconds of each side over `rounds` rounds after the warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    clocks = {name: partial(timed, side, device) for name, side in sides.items()}
+    return medians(clocks, rounds)
+
+
+def medians(clocks: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """The same of sides that each say how many seconds they took."""
+    times: dict[str, list[float]] = {name: [] for name in clocks}
     for _ in range(rounds + 1):
-        for name, side in sides.items():
-            start = now(device)
-            side()
-            times[name].append(now(device) - start)
+        for name, clock in clocks.items():
+            times[name].append(clock())
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 

@@ -1,4 +1,4 @@
-"""A value that is not the base's for every attribute of the table, and the checkpoints that have it.
+"""A value that is not the base's for every attribute of the table, and checkpoints that have it.
 
 `CASES` are compared with Transformers one by one, `WITHOUT_EFFECT` all at once, `REFUSED` are
 refused; what is left has a test of its own (`ELSEWHERE`).
@@ -84,7 +84,7 @@ class Case(NamedTuple):
     """An attribute's value, and what else has to change with it: dotted names -> values."""
 
     value: object
-    also: dict = {}
+    also: dict | tuple = ()
 
 
 # ---- honoured ----

@@ -15,7 +15,6 @@ from processes import run_script
 import evaluate
 from hanorec.run import ranking_run, run
 
-
 cast = torch.Tensor.to
 
 

@@ -12,13 +12,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from functools import cache
-from multiprocessing import forkserver
+import threading
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,25 +29,20 @@ FAMILIES = ["qwen2_vl", "qwen2_5_vl", "llava_next"]
 PRELOADED = ["pytest", "toy", "evaluate", "train_brmrs", "train_dpo", "train_sft"]
 PRELOADED += [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
 
-
-@cache
-def server():
-    """The fork server, started once, as a context of multiprocessing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    with mock.patch.dict(os.environ, ON_CPU | {"PYTHONPATH": os.pathsep.join(path)}):
-        forkserver.ensure_running()
-    return context
+CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def start(output, work, *arguments):
     """Start `work(*arguments)` in a child that prints into the file `output`. Returns the process.
 
-    They travel by pickle: work is a function of a module, arguments are plain values.
+    They travel by pickle: work is a function of a module, arguments are plain values. The first
+    call starts the server, and so would any other if the server had died.
     """
-    child = server().Process(target=_child, args=(output, work, *arguments))
-    child.start()
+    CONTEXT.set_forkserver_preload(PRELOADED)
+    path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    child = CONTEXT.Process(target=_child, args=(output, work, *arguments))
+    with mock.patch.dict(os.environ, ON_CPU | {"PYTHONPATH": os.pathsep.join(path)}):
+        child.start()
     return child
 
 
@@ -55,6 +50,7 @@ def _child(output, work, *arguments):
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    tqdm.set_lock(threading.RLock())  # the one between processes would outlive a child that dies
     work(*arguments)
 
 

@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import toy
 import torch
+import toy
 import transformers
 from attribute_cases import (
     BASES,
@@ -28,9 +28,12 @@ from attribute_cases import (
     write_checkpoint,
     write_json,
 )
+from processes import together
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from hanorec.base.distributed import rank
 from hanorec.base.errors import InputError
 from hanorec.datasets.images import read_image
 from hanorec.lora.layer import language_model
@@ -93,6 +96,7 @@ MODULES = {
     "siglip": ["SiglipVisionConfig"],
 }
 CONFIGS = ("config", "vision_config", "text_config")
+BY_NAME = ("getattr", "hasattr")
 
 
 def reads(module):
@@ -105,10 +109,12 @@ def reads(module):
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.Attribute) and is_config(node.value):
             found.add(node.attr)
-        is_call = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr")
-        if is_call and is_config(node.args[0]) and isinstance(node.args[1], ast.Constant):
+        if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in BY_NAME:
+            continue
+        if is_config(node.args[0]) and isinstance(node.args[1], ast.Constant):
             found.add(node.args[1].value)
-    methods = {name for name in found if callable(getattr(transformers.PreTrainedConfig, name, None))}
+    base = transformers.PreTrainedConfig
+    methods = {name for name in found if callable(getattr(base, name, None))}
     return {name for name in found - methods if not name.startswith("_")}
 
 
@@ -240,7 +246,7 @@ def single_cases():
 def test_honoured(kind, name, case, write, plain, catalog):
     """With another value the logits are Transformers', and not what they were."""
     base, place = HOMES[kind]
-    folder = write(base, {place + name: case.value} | case.also)
+    folder = write(base, {place + name: case.value} | dict(case.also))
     logits, row = ours(folder, catalog)
     assert apart(logits, theirs(folder, row, catalog)) < AGREE
     assert apart(logits, plain(base)) > SHIFT
@@ -431,6 +437,24 @@ def test_tied_by_either_flag(base, write, plain, catalog):
     assert apart(logits, ours(whole, catalog)[0]) == 0
 
 
+def head_of_divided(folder, out):
+    """In a rank: what it has as head."""
+    head = load_backbone(folder, "float32", "cpu", shard=True).model.lm_head.weight
+    save_file({"head": head.detach()}, f"{out}/{rank()}.safetensors")
+
+
+def test_two_weights_are_not_tied_by_a_flag(wrong, plain, catalog, tmp_path):
+    """Stored and different: kept, as Transformers does it; divided over ranks, too."""
+    folder = wrong("llama", "", tie_word_embeddings=True)
+    logits, row = ours(folder, catalog)
+    assert apart(logits, theirs(folder, row, catalog)) < AGREE
+    assert apart(logits, plain("llama")) == 0
+    assert together(2, head_of_divided, str(folder), str(tmp_path)) == [0, 0]
+    head = load_file(folder / "model.safetensors")["lm_head.weight"]
+    for r in range(2):
+        assert torch.equal(load_file(tmp_path / f"{r}.safetensors")["head"], head)
+
+
 @pytest.mark.parametrize(
     ("name", "model_type", "kind"),
     [("text_config", "gemma2", "Gemma2Config"), ("vision_config", "clip", "CLIPConfig")],
@@ -473,5 +497,5 @@ def test_patches_as_the_tower_reads_them(name, wrong):
     folder = wrong("qwen2_5_vl", "")
     path = folder / "preprocessor_config.json"
     write_json(path, json.loads(path.read_text()) | {name: 1})
-    with pytest.raises(InputError, match=f"{name} in preprocessor_config.json is 1, but vision_con"):
+    with pytest.raises(InputError, match=f"{name} in preprocessor_config.json is 1, but vision"):
         backbone_of(folder)

@@ -28,6 +28,7 @@ from hanorec.datasets.inspection import Findings, inspect_images
 from hanorec.datasets.interactions import Example, heldout_examples, load_interactions
 from hanorec.mllm.backbone import FAMILIES, image_features
 from hanorec.mllm.builder import cut_title
+from hanorec.mllm.inspection import check_alike, inspect_titles
 from hanorec.mllm.load import load_backbone
 from hanorec.mllm.outline import image_tokens, load_outline, outline_builder
 from hanorec.mllm.prompts import text_ids
@@ -439,3 +440,21 @@ def test_titles_alike_to_the_model_are_a_note_until_they_meet(world, look):
     argv += ["--candidates", 200, "--sets", "random"]
     with pytest.raises(InputError, match=f"'{LONG} [12]' and '{LONG} [12]', which"):
         evaluate.main([str(word) for word in argv])
+
+
+def test_titles_alike_meet_in_a_pair_of_dpo_too(checkpoints, data):
+    """To LLaVA-NeXT's tokenizer a space and the character that stands for one are the same. DPO
+    has the target and one negative as answers, here the other one of the two."""
+    builder = outline_of(checkpoints["llava_next"], data)
+    titles = ("Red Rose", "Red\u2581Rose", *builder.catalog.titles[2:])
+    builder = replace(builder, catalog=replace(builder.catalog, titles=titles))
+    findings = Findings()
+    alike = inspect_titles(builder, findings)
+    assert alike == {0: 0, 1: 0} and len(findings.notes) == 1 and not findings.errors
+    example = Example("u", (5,), 0, (), (1, 0))
+    for training in (True, False):
+        with pytest.raises(InputError, match="items '2' and '1'|items '1' and '2'"):
+            check_alike(builder, alike, example, training, 2025)
+        check_alike(builder, alike, replace(example, candidates=(0, 2)), training, 2025)
+    with pytest.raises(InputError, match="'Red Rose' and 'Red.Rose', which are one sequence"):
+        preferences(builder, [example], 2025)

@@ -46,7 +46,8 @@ def parse(
 ) -> tuple[Any, ...]:
     """The dataclasses filled from a JSON file (first argument, if it ends in .json) and flags.
 
-    A value that begins with ~/ is in the user's home, see `with_home`. Unknown keys are InputErrors, unknown flags end the command as argparse does.
+    A value that begins with ~/ is in the user's home, see `with_home`. Unknown keys are
+    InputErrors, unknown flags end the command as argparse does.
     """
     argv = with_home(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(types, description=about, allow_abbrev=False)

@@ -23,7 +23,8 @@ def _absent(value: Any, config: PreTrainedConfig) -> bool:
 
 
 def _part_of_width(value: Any, config: PreTrainedConfig) -> bool:
-    return value in (None, config.hidden_size // config.num_attention_heads)
+    heads = getattr(config, "num_heads", None) or config.num_attention_heads  # a tower's, a text's
+    return value in (None, config.hidden_size // heads)
 
 
 # ---- of any configuration ----

@@ -6,9 +6,10 @@ those of random ones, drawn with the seed of the runs.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import cache
 
 from tqdm import tqdm
 
@@ -20,15 +21,16 @@ from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.prompts import answer_ids, text_ids
 from hanorec.mllm.remedies import Long, Sizes, Trials, remedies
 from hanorec.mllm.ruler import Ruler
+from hanorec.mllm.tasks import negatives_of
 
 # ---- titles ----
 
 
-def inspect_titles(builder: PromptBuilder, findings: Findings) -> list[set[int]]:
+def inspect_titles(builder: PromptBuilder, findings: Findings) -> dict[int, int]:
     """Looks at all titles as tokens.
 
-    Returns the items that only the spelling of their titles tells apart, a set for each sequence of
-    tokens.
+    Returns the items whose titles differ in spelling alone, each with the number of its group: one
+    for each sequence of tokens.
     """
     with redirect_stdout(io.StringIO()):  # what it says of cut titles is one of the findings
         cut = builder.shown.titles
@@ -36,10 +38,10 @@ def inspect_titles(builder: PromptBuilder, findings: Findings) -> list[set[int]]
     longer = [row for row, title in enumerate(whole) if title != cut[row]]
     findings.note(
         f"titles of more than {most} tokens (--max-title-tokens), cut in prompts and answers",
-        (f"{_item(builder, row)}, {_tokens(builder, row)} tokens" for row in longer),
+        (f"{_item(builder, row)}, {_tokens(builder, whole[row])} tokens" for row in longer),
     )
 
-    rows_of: dict[tuple[int, ...], set[int]] = {}
+    rows_of: dict[tuple[int, ...], list[int]] = {}
     known: dict[str, tuple[int, ...]] = {}
     for row, title in enumerate(tqdm(cut, "titles", leave=False, disable=None)):
         if title not in known:
@@ -48,18 +50,21 @@ def inspect_titles(builder: PromptBuilder, findings: Findings) -> list[set[int]]
             except InputError as error:
                 findings.error(error)
                 known[title] = ()
-        rows_of.setdefault(known[title], set()).add(row)
+        rows_of.setdefault(known[title], []).append(row)
 
-    alike = []
+    groups = []
     for tokens, rows in rows_of.items():
         if tokens and len({whole[row] for row in rows}) > 1:
-            alike.append(rows)
+            groups.append(rows)
     findings.note(
         "titles that are one sequence of tokens to the model, so that a prompt which has two of "
         "them as answers is refused; change one in the titles file, or raise --max-title-tokens "
         "where it was set",
-        (_items(builder, rows) for rows in alike),
+        (_items(builder, rows) for rows in groups),
     )
+    alike = {}
+    for number, rows in enumerate(groups):
+        alike.update(dict.fromkeys(rows, number))
     return alike
 
 
@@ -67,12 +72,12 @@ def _item(builder: PromptBuilder, row: int) -> str:
     return f"item {shown(builder.catalog.ids[row])} {shown(builder.catalog.titles[row])}"
 
 
-def _items(builder: PromptBuilder, rows: set[int]) -> str:
-    return " and ".join(_item(builder, row) for row in sorted(rows))
+def _items(builder: PromptBuilder, rows: Sequence[int]) -> str:
+    return " and ".join(_item(builder, row) for row in rows)
 
 
-def _tokens(builder: PromptBuilder, row: int) -> int:
-    return len(text_ids(builder.backbone, builder.catalog.titles[row]))
+def _tokens(builder: PromptBuilder, title: str) -> int:
+    return len(text_ids(builder.backbone, title))
 
 
 # ---- rows ----
@@ -80,7 +85,7 @@ def _tokens(builder: PromptBuilder, row: int) -> int:
 
 def inspect_rows(
     builder: PromptBuilder,
-    alike: Sequence[set[int]],
+    alike: Mapping[int, int],
     examples: Mapping[str, Sequence[Example]],
     sizes: Sizes,
     max_pixels: int,
@@ -101,13 +106,12 @@ def inspect_rows(
     found: list[Long] = []
     for split, every in examples.items():
         training = split == "train"
-        pairs = [] if training else alike
-        todo = every if pairs else [e for e in every if ruler.at_most(e) > context]
+        todo = every if alike else [e for e in every if ruler.at_most(e) > context]
         catalog = builder.shown if training else builder.catalog
         drawn = draw_candidates(todo, catalog, config.candidates - 1, seed)
         for example in tqdm(drawn, f"rows of {split}.tsv", leave=False, disable=None):
             try:
-                _check_alike(builder, pairs, example)
+                check_alike(builder, alike, example, training, seed)
                 if ruler.at_most(example) <= context:
                     continue
                 tokens, of_images = ruler.longest(example, training)
@@ -120,25 +124,35 @@ def inspect_rows(
         found.sort(key=lambda row: row.tokens, reverse=True)
         help = remedies(Trials(ruler, found, sizes, max_pixels))
         kind = f"rows exceed the context of {context} tokens; {help}"
-        findings.errors[kind] = [_described(builder, row) for row in found]
+        takes = cache(lambda row: _tokens(builder, builder.shown.titles[row]))
+        findings.errors[kind] = [_described(builder, row, takes) for row in found]
 
 
-def _check_alike(builder: PromptBuilder, alike: Sequence[set[int]], example: Example) -> None:
-    """InputError where a ranking prompt of evaluation has two of them as answers."""
-    if builder.config.task != "ranking":
+def check_alike(
+    builder: PromptBuilder, alike: Mapping[int, int], example: Example, training: bool, seed: int
+) -> None:
+    """InputError where a ranking prompt has two of a group as answers: any candidates in
+    evaluation, in training the target and the item that DPO rejects, with its defaults."""
+    if not alike or builder.config.task != "ranking":
         return
-    for rows in alike:
-        both = [row for row in example.candidates if row in rows]
-        tokens = [answer_ids(builder.backbone, builder.shown.titles[row]) for row in both]
-        builder.check_answers(example, both, tokens)
+    answers = list(example.candidates)
+    if training:
+        answers = [example.target, *negatives_of(example, seed)]
+    groups: dict[int, list[int]] = {}
+    for row in answers:
+        if row in alike:
+            groups.setdefault(alike[row], []).append(row)
+    for rows in groups.values():
+        tokens = [answer_ids(builder.backbone, builder.shown.titles[row]) for row in rows]
+        builder.check_answers(example, rows, tokens)
 
 
-def _described(builder: PromptBuilder, row: Long) -> str:
+def _described(builder: PromptBuilder, row: Long, takes: Callable[[int], int]) -> str:
+    """takes: how many tokens the title of an item does."""
     example = row.example
-    items = [*example.history, *example.candidates]
-    longest = max(items, key=lambda item: _tokens(builder, item))
+    longest = max([*example.history, *example.candidates], key=takes)
     return (
         f"{row.split}.tsv: user {shown(example.user)}: {row.tokens} tokens, {row.of_images} of "
         f"them images; the longest title is that of {_item(builder, longest)}, "
-        f"{_tokens(builder, longest)} tokens"
+        f"{takes(longest)} tokens"
     )

@@ -36,20 +36,25 @@ class Ruler:
         return costs
 
     @cached_property
+    def dearest(self) -> int:
+        """That of the item that can take most."""
+        return max(self.costs)
+
+    @cached_property
     def frame(self) -> int:
         """The most tokens of all else: the turn, the questions, the longest answer."""
         turn = self.builder.backbone.turn
         texts = [turn.before, turn.after, turn.lead, turn.ending]
         texts += [prompts.HISTORY, prompts.WHICH, prompts.TITLE_ALONE]
         texts += [prompts.WHETHER, prompts.YES_OR_NO]
-        return len("".join(texts).encode()) + max(self.costs) + NUMBER
+        return len("".join(texts).encode()) + self.dearest + NUMBER
 
     def at_most(self, example: Example) -> int:
         """No row of the example takes more, whatever candidates may be drawn for it."""
         shown = [*example.history, *example.candidates]
         tokens = self.frame + sum(self.costs[row] for row in shown)
         if not example.candidates:
-            tokens += self.builder.config.candidates * max(self.costs)
+            tokens += self.builder.config.candidates * self.dearest
         return tokens
 
     # ---- exactly ----

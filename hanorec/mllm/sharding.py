@@ -40,8 +40,10 @@ def divided(
     full: rank 0's, whole, on the CPU; None on the others.
     """
     dist.barrier()  # rank 0 has read a whole checkpoint
+    config = read_config(path)
+    config.tie_word_embeddings = _is_tied(full, device)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(read_config(path), dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
 
     language = language_model(model.requires_grad_(False))
     mesh = init_device_mesh(device.type, (world_size(),))
@@ -54,6 +56,15 @@ def divided(
     model.tie_weights()
     _fill(model, full, mesh, device)
     return model
+
+
+def _is_tied(full: nn.Module | None, device: torch.device) -> bool:
+    """Whether rank 0's embeddings serve as its head, too. config.json may say so while the files
+    have two weights that differ; those are kept."""
+    tied = full is not None and full.lm_head.weight is full.get_input_embeddings().weight
+    number = torch.tensor(int(tied), device=device)
+    dist.broadcast(number, 0)
+    return bool(number)
 
 
 def _fill(

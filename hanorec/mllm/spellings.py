@@ -20,6 +20,7 @@ def read_config(path: str) -> PreTrainedConfig:
     language = getattr(config, "text_config", None)
     if getattr(language, "tie_word_embeddings", False):
         config.tie_word_embeddings = True
+    config.output_attentions = False  # no use is made of them, and a model with them is not saved
     check_attributes(path, config)
     return config
 
