@@ -47,6 +47,19 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def nobody_draws_into_the_shared_data(request):
+    """Candidate files are drawn once and then hold: one left in `data` would decide what later
+    tests that evaluate are given, or refuse them.
+    """
+    yield
+    if "data" in request.fixturenames:
+        left = sorted(request.getfixturevalue("data").glob("candidates_*"))
+        for path in left:
+            path.unlink()
+        assert not left, "copy the data folder before evaluating on it"
+
+
 @pytest.fixture(scope="session")
 def catalog(data, tmp_path_factory):
     """Posterland's items, of which row 1 has no image, row 2 a wide one and row 3 a tall one: three

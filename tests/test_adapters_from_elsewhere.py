@@ -361,7 +361,8 @@ def test_the_card_of_half_an_adapter(full, sft, data, checkpoints, tmp_path, log
     assert (logits(alone) - logits(qwen)).abs().max() > 1e-2
     assert "The base alone" in (tmp_path / "one" / "README.md").read_text()
 
-    places |= {"DATA": str(data), "OUT": str(tmp_path / "out")}
+    own = shutil.copytree(data, tmp_path / "data")  # candidates are drawn into it
+    places |= {"DATA": str(own), "OUT": str(tmp_path / "out")}
     words = [places.get(word, word) for word in evaluation.split()[2:]]
     evaluate.main([*words, "--sets", "random", "--device", "cpu"])  # the settings of its prompts
 

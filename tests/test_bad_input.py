@@ -301,7 +301,7 @@ CORPUS = [
      ["model", "chat template", "another model"]),
     ("image processor: patches of another size",
      both(merge(PROCESSOR, patch_size=14), link(POSTER, "data/images/8.png")), "sft",
-     ["model", "preprocessor_config.json", "copy both again"]),
+     ["model", "patch_size in preprocessor_config.json is 14", "16", "copy both files"]),
     ("image processor: divides by 0", both(merge(PROCESSOR, image_std=[0, 0, 0])), "sft",
      ["model", "NaN or infinity", "image_std"]),
     ("image processor: a list", put(PROCESSOR, "[]"), "sft",

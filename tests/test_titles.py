@@ -186,8 +186,9 @@ def test_a_cut_is_noticed_where_the_adapter_knew_whole_titles(
     if not stated:
         facts["prompt"].pop("max_title_tokens", None)
         (sft / "hanorec.json").write_text(json.dumps(facts))
+    own = shutil.copytree(data, tmp_path / "data")  # candidates are drawn into it
     evaluate.main([
-        "--model", str(checkpoints["qwen2_5_vl"]), "--data", str(data), *toy.SHORT, "--sets",
+        "--model", str(checkpoints["qwen2_5_vl"]), "--data", str(own), *toy.SHORT, "--sets",
         "random", "--adapter", str(sft), "--out", str(tmp_path / "out"), "--max-title-tokens", "7",
     ])
     note = f"note: {sft} was trained with max_title_tokens = None, this command uses 7"
