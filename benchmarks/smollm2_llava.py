@@ -178,7 +178,7 @@ def main() -> None:
     prompt = torch.tensor([encode_row(backbone, "question", [QUESTION], {}, [[]]).prompt])
     told = backbone.model.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-        max_new_tokens=40
+        max_new_tokens=40, use_cache=False,  # attention by segments takes no cache
     )
     print(f"greedy answer, after its prompt: {backbone.tokenizer.decode(told[0])!r}")
 

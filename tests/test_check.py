@@ -5,6 +5,7 @@ table is used here.
 """
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -398,7 +399,22 @@ def test_where_no_flag_is_enough(world, look, short):
     words = [world / "data", "--model", world / "model", *FOUR]
     short(30)
     status, text = look(*words)
-    assert status == 1 and "not even --history 1" in text and "a longer context" in text
+    assert status == 1 and "not even --history 1 is enough; use a checkpoint with a longer" in text
+
+
+def test_images_may_help_where_they_cannot_be_smaller(data, world, look, short):
+    """One token each, of which those of the candidates can still be left out."""
+    flags = ["--max-pixels", 1024, "--history", 1, "--candidates", 4]
+    words = [data, "--model", world / "model", *flags]
+    short(20)
+    _, text = look(*words)
+    (longest, *_) = [line for line in text.splitlines() if line.startswith("    ")]
+    short(int(re.search(r"(\d+) tokens, \d+ of them images", longest)[1]) - 1)
+    status, text = look(*words)
+    (line,) = [line for line in text.splitlines() if "rows exceed the context" in line]
+    assert status == 1 and "--candidate-images off" in line.partition("each alone: ")[2]
+    assert "--max-pixels" not in line and "--history" not in line
+    assert look(*words, "--candidate-images", "off")[0] == 0
 
 
 def test_one_long_title_is_named(world, look):

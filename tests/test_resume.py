@@ -50,6 +50,7 @@ def results(out):
 # ---- the whole scripts, killed by the clock ----
 
 
+@pytest.mark.long  # any point; the next test kills between all calls that write
 @pytest.mark.parametrize(("main", "kills", "flags"), [
     (train_sft.main, 6, []),
     (train_dpo.main, 20, ["--eta", "ema", "--save-every", 2]),

@@ -338,6 +338,7 @@ def test_a_template_is_found_wherever_the_hub_has_it(
     PLACES[place](folder, text)
     found = load(folder)
     assert found.template == text and text in TEMPLATES.values()
+    assert found.tokenizer.chat_template == text  # so that a merged model keeps it
     theirs = their_ids(checkpoints[family], catalog, parts)
     assert encode_row(found, "u", parts, {}, [[1]]).prompt == theirs
     assert "note" not in capsys.readouterr().out

@@ -78,22 +78,29 @@ def _locked(folder: Path, path: Path) -> TextIO:
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  closed by whoever asks for it
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(file, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
                 raise InputError(_taken(folder, file)) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                file.close()
-                raise
-            print(
-                f"note: {folder}: its file system has no locks ({error.strerror}), so nothing "
-                "keeps a second process out of it"
-            )
-            return file
+        except OSError:
+            file.close()
+            raise
         if lies_at(path, file):
             return file
         file.close()
+
+
+def flock(file: IO, folder: Path, how: int) -> None:
+    """Lock an open file in a folder; a note where its file system has no locks."""
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"note: {folder}: its file system has no locks ({error.strerror}), so nothing keeps a "
+            "second process out of it"
+        )
 
 
 def lies_at(path: Path, file: IO) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hanorec.base.distributed import barrier, rank, run_on_all_ranks
+from hanorec.base.lock import flock, lies_at
 from hanorec.datasets.catalog import Catalog
 from hanorec.mllm import items
 from hanorec.mllm.backbone import Backbone, ImageFeatures
@@ -66,20 +67,10 @@ def _locked(path: Path) -> BinaryIO:
     """
     while True:
         file = open(path, "ab")  # noqa: SIM115  closed by whoever asks for it
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if _lies_at(path, file):
+        flock(file, path.parent, fcntl.LOCK_EX)
+        if lies_at(path, file):
             return file
         file.close()
-
-
-def _lies_at(path: Path, file: BinaryIO) -> bool:
-    """Whether the open file is what now has this name."""
-    try:
-        named = os.stat(path)
-    except FileNotFoundError:
-        return False
-    mine = os.fstat(file.fileno())
-    return (mine.st_dev, mine.st_ino) == (named.st_dev, named.st_ino)
 
 
 class Entry(NamedTuple):

@@ -211,7 +211,7 @@ def too_long(
         remedies = f"lower --max-pixels, switch off --candidate-images, {remedies}"
     limit = f"context of {backbone.context}"
     if backbone.context == window(backbone.config.text_config):
-        limit = f"sliding_window of {backbone.context} tokens, beyond which it would attend in part"
+        limit = f"sliding_window of {backbone.context} tokens (config.json; null means none)"
     return (
         f"user {name}: prompt and answer take {longest} tokens, {of_images} of them images, but "
         f"{backbone.path} has a {limit}; the longest title, {shown(title)}, "

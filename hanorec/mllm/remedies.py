@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from hanorec.base.errors import InputError
 from hanorec.datasets.interactions import Example
@@ -52,14 +53,17 @@ class Trials:
                 return False
         return True
 
-    def smaller_images(self) -> dict[int, Backbone]:
-        """Fewer pixels, by halves -> the checkpoint with them. Nothing where text alone is too
-        long."""
-        found = {}
+    @cached_property
+    def images_matter(self) -> bool:
+        """Whether no row is too long by its text alone."""
         context = self.builder.backbone.context
-        pixels = self.max_pixels // 2
-        if any(row.tokens - row.of_images > context for row in self.rows):
-            return found
+        return all(row.tokens - row.of_images <= context for row in self.rows)
+
+    @cached_property
+    def smaller_images(self) -> dict[int, Backbone]:
+        """Fewer pixels, by halves -> the checkpoint with them, where that can help."""
+        found = {}
+        pixels = self.max_pixels // 2 if self.images_matter else 0
         while pixels >= LEAST_PIXELS:
             try:
                 found[pixels] = load_outline(self.builder.backbone.path, pixels)
@@ -92,14 +96,13 @@ class Trials:
 
 def remedies(trials: Trials) -> str:
     """The flags of which each, at its mildest value, is enough for all rows."""
-    builder = trials.builder
-    images = trials.smaller_images()
+    builder, images = trials.builder, trials.smaller_images
     longest_history = max(len(row.example.history) for row in trials.rows)
     titles = [builder.catalog.titles[item] for item in trials.items()]
     longest_title = max(len(text_ids(builder.backbone, title)) for title in titles)
 
     pixels = mildest(list(images), lambda p: trials.fit(trials.with_images(images[p])))
-    without = images and trials.fit(trials.without_candidate_images(builder))
+    without = trials.images_matter and trials.fit(trials.without_candidate_images(builder))
     history = mildest(range(longest_history - 1, 0, -1), lambda n: trials.fit(builder, n))
     most = mildest(
         range(longest_title - 1, LEAST_TITLE - 1, -1), lambda n: trials.fit(trials.with_titles(n))
@@ -115,16 +118,19 @@ def remedies(trials: Trials) -> str:
         enough.append(f"--max-title-tokens {most}")
     if enough:
         return f"enough, each alone: {', '.join(enough)}"
-    return _together(trials, images)
+    return _together(trials)
 
 
-def _together(trials: Trials, images: Mapping[int, Backbone]) -> str:
+def _together(trials: Trials) -> str:
     """Where no flag is enough alone."""
     flags, builder = "--history 1", trials.builder
-    if images:
-        least = min(images)
-        flags = f"{flags} --candidate-images off --max-pixels {least}"
-        builder = trials.without_candidate_images(trials.with_images(images[least]))
+    if trials.smaller_images:
+        least = min(trials.smaller_images)
+        flags = f"{flags} --max-pixels {least}"
+        builder = trials.with_images(trials.smaller_images[least])
+    if trials.images_matter and builder.config.task == "ranking":
+        flags = f"{flags} --candidate-images off"
+        builder = trials.without_candidate_images(builder)
     if trials.fit(builder, history=1):
         return f"no flag is enough alone, but {flags} is"
     return f"not even {flags} is enough; use a checkpoint with a longer context"
