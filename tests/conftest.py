@@ -31,6 +31,9 @@ from hanorec.studies.tiny import make_checkpoint
 QWEN_PIXELS = {"shortest_edge": 32 * 32, "longest_edge": 80 * 80}
 
 
+SHARED = []  # the folder of `data`, once it is made
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Folder of a Posterland with 24 users, some titles made longer, so that answers differ in
@@ -44,20 +47,20 @@ def data(tmp_path_factory):
     endings = ("", " Again", " Returns Once More")
     longer = [line + endings[i % 3] for i, line in enumerate(lines)]
     path.write_text("\n".join([header, *longer]) + "\n")
+    SHARED.append(folder)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def nobody_draws_into_the_shared_data(request):
+def nobody_draws_into_the_shared_data():
     """Candidate files are drawn once and then hold: one left in `data` would decide what later
     tests that evaluate are given, or refuse them.
     """
     yield
-    if "data" in request.fixturenames:
-        left = sorted(request.getfixturevalue("data").glob("candidates_*"))
-        for path in left:
-            path.unlink()
-        assert not left, "copy the data folder before evaluating on it"
+    left = [path for folder in SHARED for path in folder.glob("candidates_*")]
+    for path in left:
+        path.unlink()
+    assert not left, "copy the data folder before evaluating on it"
 
 
 @pytest.fixture(scope="session")
