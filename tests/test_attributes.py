@@ -43,7 +43,6 @@ from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.items import encode_pictures, item_embeddings
 from hanorec.mllm.load import load_backbone
-from hanorec.mllm.tasks import single_answer
 from hanorec.scoring import answer_logits
 
 ROOT = Path(__file__).parent.parent
@@ -330,7 +329,7 @@ def test_attention_dropout_is_active_in_training_alone(kind, write, plain, catal
     backbone = backbone_of(write(base, {place + "attention_dropout": 0.5}))
     row, pictures = row_of(backbone, catalog)
     packed = collate(backbone, [row], pictures)
-    batch = collate(backbone, [single_answer(row, 0)], pictures)
+    batch = collate(backbone, [toy.single_answer(row, 0)], pictures)
 
     def drawn(seed):
         torch.manual_seed(seed)

@@ -32,7 +32,7 @@ from hanorec.mllm.backbone import (
 from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.load import load_backbone
-from hanorec.mllm.tasks import single_answer
+from hanorec.mllm.prompts import text_ids
 from hanorec.scoring import answer_log_probs, answer_logits
 
 # a negative control moves a log-probability by more than this; honest paths differ by less than
@@ -161,7 +161,7 @@ def test_padding_changes_nothing(backbone, catalog, gallery):
         torch.testing.assert_close(
             toy.log_probs(backbone, rows, pictures), alone, atol=1e-5, rtol=5e-7
         )
-        plain = [single_answer(row, 1) for row in rows]
+        plain = [toy.single_answer(row, 1) for row in rows]
         torch.testing.assert_close(
             toy.log_probs(backbone, plain, pictures)[:, 0], alone[:, 1], atol=1e-5, rtol=5e-7
         )
@@ -430,3 +430,18 @@ def test_another_family(tmp_path):
 def test_unknown_name_is_an_input_error():
     with pytest.raises(InputError, match="nobody/nothing: cannot be loaded"):
         load_backbone("nobody/nothing", "float32", "cpu")
+
+
+def test_a_cache_is_refused_and_not_overlooked(qwen):
+    """Of a cache's keys, attention by segments would see the first alone: other tokens, no error.
+    Without one, the tokens generated are those of one forward after another.
+    """
+    ids = torch.tensor([text_ids(qwen, "A quiet film about space")])
+    few = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with pytest.raises(ValueError, match="use_cache=False"):
+        qwen.model.generate(ids, **few)
+    found = qwen.model.generate(ids, **few, use_cache=False)
+    for _ in range(3):
+        logits = qwen.model(input_ids=ids, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found, ids)

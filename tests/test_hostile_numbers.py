@@ -17,7 +17,6 @@ from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.items import encode_pictures
 from hanorec.mllm.load import load_backbone
-from hanorec.mllm.tasks import single_answer
 from hanorec.readings import batch_eta
 from hanorec.scoring import answer_log_probs
 
@@ -119,7 +118,7 @@ def test_bfloat16_agrees_with_float32(family, checkpoints, catalog):
         layers = toy.busy_lora(backbone.model, seed=2)
         with torch.no_grad():
             log_probs = answer_log_probs(forward(backbone, batch), batch)
-            alone = collate(backbone, [single_answer(row, 0) for row in rows], pictures)
+            alone = collate(backbone, [toy.single_answer(row, 0) for row in rows], pictures)
             logits = forward(backbone, alone)
         assert log_probs.dtype == torch.float32 and logits.dtype == getattr(torch, dtype)
         tokens = torch.tensor([[len(answer) for answer in row.answers] for row in rows])

@@ -22,7 +22,6 @@ from hanorec.mllm.prompts import (
     ranking_parts,
     text_ids,
 )
-from hanorec.mllm.tasks import single_answer
 
 
 def titled(catalog, *titles):
@@ -162,7 +161,7 @@ def test_labels_cover_exactly_the_answer(backbone, catalog, gallery):
     """
     pictures = gallery[backbone.family]
     rows = [
-        single_answer(
+        toy.single_answer(
             toy.ranking_row(backbone, catalog, pictures, history, candidates, (candidates[0],)), 0
         )
         for history, candidates in [((0, 1, 2), (3, 4, 5)), ((6,), (7, 8))]

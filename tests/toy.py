@@ -2,6 +2,8 @@
 something.
 """
 
+from dataclasses import replace
+
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -11,7 +13,7 @@ from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.load import load_backbone
 from hanorec.mllm.prompts import answer_ids, encode_row, ranking_parts
-from hanorec.mllm.tasks import load_examples, single_answer
+from hanorec.mllm.tasks import load_examples
 from hanorec.scoring import answer_log_probs
 
 # Flags that keep a run of a script short: one token an image, short prompts, 24 rows; 3 steps of 8
@@ -48,6 +50,11 @@ def log_probs(backbone, rows, pictures):
     """(B, A) of rows side by side."""
     batch = collate(backbone, rows, pictures)
     return answer_log_probs(forward(backbone, batch), batch)
+
+
+def single_answer(row, a):
+    """The same prompt with one of its answers: what the packed row is compared with."""
+    return replace(row, answers=[row.answers[a]])
 
 
 def log_probs_alone(backbone, row, pictures):

@@ -222,7 +222,13 @@ def segment_attention(
         (B, T, heads, width of a head), and no weights.
     Raises:
         InputError: a prompt is longer than the window, so that attention would have to be cut.
+        ValueError: keys of a cache beside those of the queries, which would not be seen.
     """
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"{query.shape[2]} queries, {key.shape[2]} keys: expected as many, whole rows without "
+            "a cache; give use_cache=False"
+        )
     attend = partial(
         F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True
     )

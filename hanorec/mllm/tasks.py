@@ -2,7 +2,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -231,9 +231,3 @@ def scoring_rows(builder: PromptBuilder, examples: Sequence[Example]) -> list[Ro
         for candidate in example.candidates:
             rows.append(builder.binary_row(example, candidate, [prompts.YES, prompts.NO]))
     return rows
-
-
-def single_answer(row: Row, a: int) -> Row:
-    """The same prompt with one of its answers: the plain path that the packed one is compared with.
-    """
-    return replace(row, answers=[row.answers[a]])
