@@ -47,6 +47,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3",  # the suite in two processes: pytest -n 2
             "hypothesis>=6",
             "ruff>=0.6",
             "matplotlib>=3.8",
