@@ -27,7 +27,7 @@ from hanorec.mllm.checks import (
     check_stored_types,
 )
 from hanorec.mllm.sharding import divided
-from hanorec.mllm.spellings import pixel_limits, read_config
+from hanorec.mllm.spellings import has_older_processor, pixel_limits, read_config
 from hanorec.mllm.template import choose_template
 
 SAFE = {"trust_remote_code": False}
@@ -105,9 +105,10 @@ def reading(path: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001
+        what = "" if folder.exists() else "no such folder, and by this name "
         raise InputError(
-            f"{path}: cannot be loaded as an image-text model ({brief(error)}); expected a local "
-            f"folder or a hub name of one of {', '.join(FAMILIES)}, with safetensors weights"
+            f"{path}: {what}cannot be loaded as an image-text model ({brief(error)}); expected a "
+            f"local folder or a hub name of one of {', '.join(FAMILIES)}, with safetensors weights"
         ) from None
 
 
@@ -173,8 +174,10 @@ def _qwen_processors(path: str, model: nn.Module, max_pixels: int) -> tuple[Any,
     """The parts of Qwen's processor: the whole needs torchvision, for video."""
     tokenizer = AutoTokenizer.from_pretrained(path, **SAFE)
     limits = pixel_limits(path)
-    size = {"size": limits} if limits else {}
-    image_processor = AutoImageProcessor.from_pretrained(path, **size, **SAFE)
+    options: dict[str, Any] = {"size": limits} if limits else {}
+    if has_older_processor(path):
+        options["config"] = model.config  # then Transformers takes the family's, by whatever name
+    image_processor = AutoImageProcessor.from_pretrained(path, **options, **SAFE)
     check_patches(path, image_processor, model.config.vision_config)
     unit = (image_processor.patch_size * image_processor.merge_size) ** 2  # pixels behind one token
     if max_pixels < unit:
@@ -209,7 +212,7 @@ def check_tokenizer(path: str, model: nn.Module, tokenizer: Any) -> None:
 def check_markers(backbone: Backbone) -> None:
     """InputError where what stands for an image, or ends an answer, is no added token.
 
-    `hanorec.mllm.prompts.text_ids` keeps added tokens, and no others, out of untrusted text.
+    Only added tokens can be kept out of untrusted text, as `hanorec.mllm.prompts.text_ids` does.
     """
     start, end = backbone.around_image()
     tokenizer = backbone.tokenizer
