@@ -68,6 +68,11 @@ class Backbone:
         return min(text.max_position_embeddings, window(text) or text.max_position_embeddings)
 
     @property
+    def images_are_smallest(self) -> bool:
+        """Whether fewer --max-pixels would change nothing: LLaVA-NeXT has one tiling left."""
+        return self.family == "llava_next" and len(self.config.image_grid_pinpoints) == 1
+
+    @property
     def image_token(self) -> int:
         return self.config.image_token_id
 
@@ -90,10 +95,11 @@ class Backbone:
     @cached_property
     def inside_markers(self) -> re.Pattern:
         """Matches, with no width, after the first character of each marker's text."""
-        places = []
+        rests: dict[str, list[str]] = {}  # by first character: Llama 3 has 256 that begin with "<"
         for text in self.markers.values():
             if len(text) > 1:
-                places.append(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})")
+                rests.setdefault(text[0], []).append(re.escape(text[1:]))
+        places = [f"(?<={re.escape(first)})(?={'|'.join(rest)})" for first, rest in rests.items()]
         return re.compile("|".join(places) or "(?!)")  # (?!) never matches
 
     @cached_property
