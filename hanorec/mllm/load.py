@@ -19,7 +19,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hanorec.base.distributed import rank, usable_device, world_size
 from hanorec.base.errors import InputError, brief
-from hanorec.mllm.backbone import FAMILIES, Backbone, use_segment_attention
+from hanorec.mllm.attention import use_segment_attention
+from hanorec.mllm.backbone import FAMILIES, Backbone
 from hanorec.mllm.checks import (
     check_every_weight,
     check_image_text,
@@ -158,8 +159,8 @@ def read_processors(path: str, model: nn.Module, max_pixels: int) -> tuple[Any, 
 
 
 def _llava_processors(path: str, model: nn.Module, max_pixels: int) -> tuple[Any, Any, str | None]:
-    """Tilings of at most max_pixels (at least the smallest one), the same in model and processor.
-    """
+    """Tilings of at most max_pixels, or the smallest (the first of several, on the hub that of two
+    tiles side by side), the same in model and processor."""
     processor = AutoProcessor.from_pretrained(path, **SAFE)
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     template = choose_template(path, processor.chat_template, tokenizer)
