@@ -9,14 +9,12 @@ preprocessed, which tokens surround it, and in positions (Qwen counts time, heig
 
 import re
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from hanorec.base.errors import InputError, brief
 from hanorec.lora.layer import language_model
@@ -24,8 +22,6 @@ from hanorec.mllm.checks import window
 from hanorec.mllm.template import Turn, is_marker, read_turn
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_next")  # config.model_type
-
-ATTENTION = "prompt_and_answers"  # the name under which Transformers knows `segment_attention`
 
 
 class ImageFeatures(NamedTuple):
@@ -68,6 +64,11 @@ class Backbone:
         return min(text.max_position_embeddings, window(text) or text.max_position_embeddings)
 
     @property
+    def images_are_smallest(self) -> bool:
+        """Whether fewer --max-pixels would change nothing: LLaVA-NeXT has one tiling left."""
+        return self.family == "llava_next" and len(self.config.image_grid_pinpoints) == 1
+
+    @property
     def image_token(self) -> int:
         return self.config.image_token_id
 
@@ -90,10 +91,11 @@ class Backbone:
     @cached_property
     def inside_markers(self) -> re.Pattern:
         """Matches, with no width, after the first character of each marker's text."""
-        places = []
+        rests: dict[str, list[str]] = {}  # by first character: Llama 3 has 256 that begin with "<"
         for text in self.markers.values():
             if len(text) > 1:
-                places.append(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})")
+                rests.setdefault(text[0], []).append(re.escape(text[1:]))
+        places = [f"(?<={re.escape(first)})(?={'|'.join(rest)})" for first, rest in rests.items()]
         return re.compile("|".join(places) or "(?!)")  # (?!) never matches
 
     @cached_property
@@ -170,7 +172,8 @@ def hidden_states(
 
     Args:
         ids: (B, T). positions: (R, B, T), R as in `prompt_positions`.
-        mask: as in `segment_attention`; None: plainly causal, padding on the right.
+        mask: as in `hanorec.mllm.attention.segment_attention`; None: plainly causal, padding on the
+            right.
         pictures: (n, d), the features of all images in the order of their placeholders.
     Returns:
         (B, T, d).
@@ -189,60 +192,6 @@ def hidden_states(
     language = language_model(backbone.model)
     out = language(inputs_embeds=x, position_ids=positions, attention_mask=mask, use_cache=False)
     return out.last_hidden_state
-
-
-def use_segment_attention(model: nn.Module) -> None:
-    """Let the language model attend by `segment_attention`; the vision tower keeps its own."""
-    AttentionInterface.register(ATTENTION, segment_attention)
-    language_model(model).set_attn_implementation(ATTENTION)
-
-
-def segment_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of [prompt | answer | answer ...] by segments, called as Transformers calls it.
-
-    The prompt is causal and needs no mask: padding stands behind it, where none of its tokens
-    looks. So the T x T mask of a packed row never exists, and half of the prompt's products are
-    never computed.
-
-    Args:
-        query: (B, heads, T, width of a head). key, value: with as many heads or fewer.
-        mask: (B, 1, N, T) of the last N columns, the answers; None where there is only a prompt.
-        sliding_window: how many tokens each may see in this layer, itself included.
-    Returns:
-        (B, T, heads, width of a head), and no weights.
-    Raises:
-        InputError: a prompt is longer than the window, so that attention would have to be cut.
-        ValueError: keys of a cache beside those of the queries, which would not be seen.
-    """
-    if key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"{query.shape[2]} queries, {key.shape[2]} keys: expected as many, whole rows without "
-            "a cache; give use_cache=False"
-        )
-    attend = partial(
-        F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True
-    )
-    prompt = query.shape[2] - (0 if mask is None else mask.shape[2])  # P
-    if sliding_window is not None and prompt > sliding_window:
-        raise InputError(
-            f"a text of {prompt} tokens is longer than the base's sliding_window of "
-            f"{sliding_window}, expected at most as many; shorten it"
-        )
-    out = attend(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], is_causal=True)
-    if mask is not None:
-        answers = attend(query[:, :, prompt:], key, value, attn_mask=mask.to(query.dtype))
-        out = torch.cat([out, answers], 2)
-    return out.transpose(1, 2), None
 
 
 def use_checkpointing(backbone: Backbone) -> None:

@@ -206,14 +206,18 @@ def too_long(
     titles = [part[:-1] for part in parts if str(part).endswith("\n") and part not in fixed]
     title = max(titles, key=lambda title: len(text_ids(backbone, title)), default="")
     takes = len(text_ids(backbone, title))
-    remedies = "shorten --history, or cut long titles with --max-title-tokens"
+    candidates = parts[parts.index(WHICH) :] if WHICH in parts else []
+    remedies = ["shorten --history", "or cut long titles with --max-title-tokens"]
     if longest - of_images <= backbone.context:  # without its images it would fit
-        remedies = f"lower --max-pixels, switch off --candidate-images, {remedies}"
+        if any(isinstance(part, int) for part in candidates):
+            remedies.insert(0, "switch off --candidate-images")
+        if not backbone.images_are_smallest:
+            remedies.insert(0, "lower --max-pixels")
     limit = f"context of {backbone.context}"
     if backbone.context == window(backbone.config.text_config):
         limit = f"sliding_window of {backbone.context} tokens (config.json; null means none)"
     return (
         f"user {name}: prompt and answer take {longest} tokens, {of_images} of them images, but "
         f"{backbone.path} has a {limit}; the longest title, {shown(title)}, "
-        f"takes {takes} tokens: {remedies}"
+        f"takes {takes} tokens: {', '.join(remedies)}"
     )
