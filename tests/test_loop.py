@@ -45,8 +45,14 @@ def watched(launch, *flags):
         seen.clean.append([torch.cat(scores) for scores in (found, again, dropped)])
         return found
 
+    def disturbed(*args):
+        """The common stream of random numbers, which lambda owes nothing to, moves on by one."""
+        torch.rand(1)
+        return preferences(*args)
+
+    spies = {"reward_gap": gap, "dpo_loss": loss, "score_batches": scored}
     with pytest.MonkeyPatch.context() as patch:
-        for name, spy in (("reward_gap", gap), ("dpo_loss", loss), ("score_batches", scored)):
+        for name, spy in (spies | {"preferences": disturbed}).items():
             patch.setattr(train_dpo, name, spy)
         seen.out, seen.log, _ = launch(
             train_dpo.main, *toy.STEPS, "--rejected", 3, "--k", 4, "--lora-dropout", 0.2, *flags
