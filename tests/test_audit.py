@@ -81,9 +81,9 @@ def test_the_controls_give_the_same_lambdas_to_other_pairs():
 
 
 def closed_form(R):
-    """sigma(1 + 2 (1 - m) / (P - 2)) / sigma(1), m = (min + max) / (2 mean)."""
-    m = (min(R) + max(R)) / 2 / oracle.average(R)
-    return oracle.sigmoid(1 + 2 * (1 - m) / (len(R) - 2)) / oracle.sigmoid(1)
+    """sigma(1 + 2 (1 - c) / (P - 2)) / sigma(1), c = (min + max) / (2 mean)."""
+    c = (min(R) + max(R)) / 2 / oracle.average(R)
+    return oracle.sigmoid(1 + 2 * (1 - c) / (len(R) - 2)) / oracle.sigmoid(1)
 
 
 @pytest.mark.equation("HN-7")
