@@ -35,8 +35,24 @@ def settings(kinds: Sequence[type], flags: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in ("out", "adapter")}
 
 
+def train_once(
+    main: Callable[[list[str]], None], kinds: Sequence[type], flags: Sequence[str], out: Path,
+    last: str, spent: Path,
+) -> None:
+    """Run a command of training, unless what it writes last is in `out`.
+
+    Args:
+        kinds: the settings that its flags fill. spent: receives its CPU seconds.
+    Raises:
+        InputError: what is finished was made with other settings.
+    """
+    if not (out / last).exists():
+        timed(spent, lambda: main([*flags, "--out", str(out)]))
+    check_settings(out, settings(kinds, flags))
+
+
 def timed(spent: Path, start: Callable[[], None]) -> None:
-    """Do what is to be done once, and keep its CPU seconds."""
+    """Do something and keep its CPU seconds."""
     begin = time.process_time()
     start()
     write_json(spent, time.process_time() - begin)
@@ -47,13 +63,13 @@ def seconds(spent: Path) -> float | None:
     return read_json(spent) if spent.exists() else None
 
 
-def clear_half(report: Path) -> bool:
-    """Whether there is no evaluation in the folder; what a killed one left is removed."""
+def is_evaluated(report: Path) -> bool:
+    """Whether the folder has a whole evaluation; what a killed one left is removed."""
     if (report / "run.json").exists():  # written last
-        return False
+        return True
     for half in report.glob("*"):
         half.unlink()
-    return True
+    return False
 
 
 def read_report(report: Path) -> dict[str, Any]:
@@ -101,11 +117,11 @@ def run_row(
     split = settings(EVALUATION, test)["split"]
     out, report, spent = here / folder, here / split / folder, here / "cpu" / f"{folder}.json"
     if name:
-        if not (out / "adapter_config.json").exists():
-            timed(spent, lambda: script(name).main([*flags, "--out", str(out)]))
-        check_settings(out, settings(TRAINING[name], flags))
+        train_once(
+            lambda argv: script(name).main(argv), TRAINING[name], flags, out,
+            "adapter_config.json", spent)
 
-    if clear_half(report):
+    if not is_evaluated(report):
         adapter = str(out) if name else "base"
         script("evaluate").main([*test, "--adapter", adapter, "--out", str(report)])
     check_settings(report, settings(EVALUATION, test))

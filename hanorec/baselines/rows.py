@@ -1,0 +1,121 @@
+"""The rows of the comparison: what each is, how it is made, what is tried of it, what to know of it.
+
+Document 000 names 8 of its 12 baselines; the other four rows are a guess, and say so in the table.
+"""
+
+from dataclasses import dataclass, replace
+
+CONTROL = "HaNoRec"  # to which the others are held
+TRIALS = 6  # of each trained row
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting to be tried on validation, as a change of the row's default."""
+
+    rate: float = 1.0  # times the learning rate
+    flags: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        rate = f"rate × {self.rate:.2g}" if self.rate != 1 else ""
+        return " ".join(filter(None, [rate, *self.flags])) or "default"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A row of the table.
+
+    Attributes:
+        kind: "none", "traditional", "LLM", "MLLM" or "ours".
+        maker: who trains and scores it, of `hanorec.studies.baselines_makers`.
+        flags, test: its own, of training and of scoring.
+        grid: what is tried, its default first; nothing where nothing is trained.
+        below: the row that it stands on, which stands above it in the table.
+        named: by the document.
+        published: NDCG@3 in percent on MicroLens, Netflix and MovieLens-1M, where it is known.
+        said: what differs from the original, to be said under the table.
+    """
+
+    kind: str
+    maker: str
+    flags: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    grid: tuple[Trial, ...] = ()
+    below: str | None = None
+    named: bool = True
+    published: tuple[float | None, ...] = ()
+    said: str = ""
+
+
+def grid(*flags: str) -> tuple[Trial, ...]:
+    """Three learning rates, each without and with these flags."""
+    rates = (1.0, 3.0, 1 / 3)
+    return *(Trial(rate) for rate in rates), *(Trial(rate, flags) for rate in rates)
+
+
+# ---- scores that are inner products ----
+
+REGULARISED = grid("--weight-decay", "1e-3")
+SPARSE = grid("--dropout", "0.2")
+CONTRASTS = (
+    Trial(), Trial(3.0), Trial(1.0, ("--contrast", "0.01")), Trial(1.0, ("--hide", "0.6")),
+    Trial(1.0, ("--dropout", "0.2")), Trial(3.0, ("--dropout", "0.2")),
+)
+
+MATRICES = {
+    "BPR-MF": Baseline("traditional", "matrix", ("--layers", "0"), grid=REGULARISED, named=False),
+    "LightGCN": Baseline("traditional", "matrix", grid=REGULARISED),
+}
+SEQUENCES = {
+    "SASRec (BCE)": Baseline(
+        "traditional", "sequence", ("--method", "sasrec", "--loss", "bce"), grid=SPARSE,
+        said="against one negative, as its authors trained it"),
+    "SASRec (CE)": Baseline(
+        "traditional", "sequence", ("--method", "sasrec", "--loss", "ce"), grid=SPARSE,
+        said="cross-entropy over all items, as later codes train it"),
+    "CL4SRec": Baseline("traditional", "sequence", ("--method", "cl4srec"), grid=CONTRASTS),
+    "GRU4Rec": Baseline(
+        "traditional", "sequence", ("--method", "gru4rec", "--dropout", "0.3"), grid=SPARSE,
+        named=False, said="cross-entropy over all items instead of ranking losses in a batch"),
+    "BERT4Rec": Baseline(
+        "traditional", "sequence", ("--method", "bert4rec"), grid=SPARSE, named=False),
+}
+CASER = Baseline(
+    "traditional", "sequence", ("--method", "caser", "--length", "5", "--weight-decay", "1e-6"),
+    grid=SPARSE, named=False, said="cross-entropy over all items, one target a window; L = 5")
+
+
+def short(row: Baseline) -> Baseline:
+    """The same row with as many items of history as the prompts show."""
+    flags = (*row.flags, "--length", "5")
+    return replace(row, flags=flags, said="the row without L, from the last 5 items alone")
+
+
+# ---- language models ----
+
+ADAPTERS = grid("--lora-dropout", "0.2")
+PREFERENCES = grid("--beta0", "0.03")
+TEXT = ("--task", "binary", "--images", "none")
+
+ROWS = {
+    "popularity": Baseline("none", "popularity"),
+    **MATRICES,
+    **SEQUENCES,
+    "Caser": CASER,
+    **{f"{name}, L = 5": short(row) for name, row in SEQUENCES.items()},
+    "SFT": Baseline("ours", "sft", grid=ADAPTERS),
+    "TALLRec": Baseline(
+        "LLM", "sft", TEXT, TEXT, ADAPTERS,
+        said="without its first stage of general instructions; loss on the answer alone; no list "
+        "of disliked items, since nobody says what they dislike; all linear layers adapted"),
+    "MSRBench S1": Baseline(
+        "MLLM", "base", test=("--history", "10"),
+        said="nothing is trained; the titles are scored instead of a list being written, an image "
+        "an item instead of one joined picture; which strategy the document ran is not stated"),
+    "DPO": Baseline(
+        "ours", "dpo", ("--ablation", "dpo"), grid=PREFERENCES, below="SFT",
+        published=(49.82, None, None)),
+    CONTROL: Baseline(
+        "ours", "dpo", ("--ablation", "full"), grid=PREFERENCES, below="SFT",
+        published=(56.73, 61.91, 54.03)),
+}
