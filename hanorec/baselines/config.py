@@ -60,6 +60,9 @@ class SequenceConfig:
         50,
         "SASRec's authors: L, the last items that count; on MovieLens-1M 200; Caser's authors 5",
     )
+    history: int | None = option(
+        None, "ours: from how many last items a state is made; none = as many as are trained on"
+    )
     dim: int = option(64, "RecBole: d; SASRec's and Caser's authors 50")
     dropout: float = option(
         0.5, "SASRec's authors, RecBole; on MovieLens-1M 0.2; GRU4Rec 0.3 and Caser 0.4 in RecBole"
@@ -102,7 +105,7 @@ class SequenceConfig:
     seed: int = option(2025, "ours")
 
     def __post_init__(self) -> None:
-        check(self, length=1, dim=1, dropout=0, blocks=0, heads=1, mask=TINY)
+        check(self, length=1, history=1, dim=1, dropout=0, blocks=0, heads=1, mask=TINY)
         check(self, contrast=0, temperature=TINY, crop=TINY, hide=0, reorder=0)
         check(self, hidden=1, horizontal=1, vertical=1)
         check(self, learning_rate=TINY, weight_decay=0, batch=1)

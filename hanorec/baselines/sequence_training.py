@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hanorec.base import command
 from hanorec.base.errors import InputError
@@ -23,7 +23,7 @@ from hanorec.baselines.encoders import BERT4Rec, Caser, GRU4Rec
 from hanorec.baselines.sequential import SASRec
 from hanorec.baselines.vector_run import VectorRun
 from hanorec.baselines.vectors import padded, sequence_vectors
-from hanorec.datasets.interactions import Interactions
+from hanorec.datasets.interactions import Interactions, Rows
 from hanorec.ranking.sampler import NegativeSampler
 
 
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(files: VectorFiles, config: SequenceConfig) -> None:
-    run = VectorRun(files, config, config.length)
-    users, sequences = training_sequences(run.data, run.n_items, config.length)
-    users, sequences = users.to(run.device), sequences.to(run.device)  # (B,), (B, L + 1)
+    run = VectorRun(files, config, config.history or config.length)
+    rows, sequences = training_sequences(run.data, config)
+    users = torch.tensor(rows, device=run.device)
     model = new_model(config, run.n_users, run.n_items).to(run.device)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -43,7 +43,8 @@ def train(files: VectorFiles, config: SequenceConfig) -> None:
 
     for _ in run.epochs(model, optimizer, partial(sequence_vectors, model, config.batch)):
         for batch in run.batches(len(users)):
-            loss = model.loss(users[batch], sequences[batch], sampler, run.generator)  # ()
+            items = padded([sequences[n] for n in batch.tolist()], run.n_items)  # (B, <= L + 1)
+            loss = model.loss(users[batch], items.to(run.device), sampler, run.generator)  # ()
             loss.backward()
             run.update(len(batch) / len(users), loss=loss.item())
     run.finish()
@@ -68,20 +69,20 @@ def new_model(config: SequenceConfig, n_users: int, n_items: int) -> nn.Module:
     return SASRec(*attention, config.norm, config.loss)
 
 
-def training_sequences(data: Interactions, n_items: int, length: int) -> tuple[Tensor, Tensor]:
-    """What is trained on: users (B,), rows in order of train.tsv, and their last items.
+def training_sequences(
+    data: Interactions, config: SequenceConfig
+) -> tuple[list[int], list[Rows]]:
+    """What is trained on: users, as numbers of their lines in train.tsv, and their last items.
 
-    Those are L inputs and the target of the last of them, (B, <= L + 1) int64, see
-    `hanorec.baselines.vectors.padded`. A user with a single item has nothing to predict.
-
-    Raises:
-        InputError: no user has two items.
+    Those are L inputs and the target of the last of them; of Caser, whose windows slide, all. A
+    user with a single item has nothing to predict. InputError: no user has two.
     """
+    most = None if config.method == "caser" else config.length + 1
     users, sequences = [], []
     for row, items in enumerate(data.train.values()):
         if len(items) > 1:
             users.append(row)
-            sequences.append(items[-length - 1 :])
+            sequences.append(items[-most:] if most else items)
     alone = len(data.train) - len(users)
     if not users:
         raise InputError(
@@ -93,7 +94,7 @@ def training_sequences(data: Interactions, n_items: int, length: int) -> tuple[T
             f"note: {alone} of {len(data.train)} users have a single training item, so none to "
             "predict; no sequence model is trained on them"
         )
-    return torch.tensor(users), padded(sequences, n_items)
+    return users, sequences
 
 
 if __name__ == "__main__":
