@@ -264,8 +264,9 @@ class EvalConfig:
     )
     retriever: str | None = option(
         None,
-        "finished --out folder of train_brmrs.py: rerank what it retrieves from the whole "
-        "catalogue, instead of candidate sets",
+        "finished --out folder of train_brmrs.py, or the folder of the split in that of a "
+        "recommender of hanorec.baselines: rerank what it retrieves from the whole catalogue, "
+        "instead of candidate sets",
     )
     top_n: int = option(20, "ours: N, how many items are retrieved")
     user: str | None = option(None, "print a ranked list for this user instead of metrics")

@@ -36,12 +36,12 @@ def check_training(configs: Sequence[Any]) -> None:
 
 
 def check_evaluation(config: EvalConfig) -> None:
-    """InputError where an --adapter is none, or --retriever no finished folder."""
+    """InputError where an --adapter is none, or --retriever no folder for this split."""
     for policy in config.adapter:
         if policy != "base":
             check_named_adapter("--adapter", policy)
     if config.retriever is not None:
-        check_retriever(config.retriever)
+        check_retriever(config.retriever, config.split)
 
 
 def check_named_adapter(flag: str, folder: str) -> None:
