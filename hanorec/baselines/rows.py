@@ -1,6 +1,6 @@
-"""The rows of the comparison: what each is, how it is made, what is tried of it, what to know of it.
+"""The rows of the comparison: what each is, how it is made, what is tried, what to know of it.
 
-Document 000 names 8 of its 12 baselines; the other four rows are a guess, and say so in the table.
+Document 000 names 8 of its 12 baselines; the other four rows are a guess, and said to be one.
 """
 
 from dataclasses import dataclass, replace

@@ -25,12 +25,10 @@ from pathlib import Path
 from hanorec.base.errors import InputError
 from hanorec.base.files import write_json, write_text
 from hanorec.base.lock import lock_folder
-from hanorec.baselines.rows import CONTROL, ROWS, Row
-from hanorec.studies.baselines_makers import MAKERS, STAGES, draw_sets
+from hanorec.baselines.rows import CONTROL, ROWS, TRIALS, Baseline
+from hanorec.studies.baselines_makers import MAKERS, STAGES, load_candidates, untrained_share
 from hanorec.studies.baselines_runs import Comparison
 from hanorec.studies.baselines_table import summarise, table
-
-TRIALS = 6
 
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -74,7 +72,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def chosen_rows(asked: str | None, model: str | None) -> list[Row]:
+def chosen_rows(asked: str | None, model: str | None) -> dict[str, Baseline]:
     """The rows asked for, what they stand on, and the control, in the order of `ROWS`."""
     if asked is None:
         names = [name for name, row in ROWS.items() if model or not MAKERS[row.maker].model]
@@ -95,28 +93,22 @@ def chosen_rows(asked: str | None, model: str | None) -> list[Row]:
     for name in reversed(ROWS):  # a row stands on one before it
         if name in wanted and (below := ROWS[name].below):
             wanted.add(below)
-    return [row for name, row in ROWS.items() if name in wanted]
+    return {name: row for name, row in ROWS.items() if name in wanted}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_command(argv)
-    study = Comparison(args.data, args.model, args.flags, args.rows, args.trials)
-    study.check_flags()  # before the first row trains
+    study = Comparison(
+        args.data, args.model, args.out, args.split, args.rows, args.flags, args.trials)
+    study.check_flags(args.seed)  # before the first row trains
     lock_folder(args.out)
-    untrained = draw_sets(study.test_flags(args.split))
-
-    seeds, trials = [], {}
+    asked = load_candidates(study.test(args.split))
+    seeds = {}
     for seed in range(args.seed, args.seed + args.seeds):
-        found = {}
-        for row in args.rows:
-            print(f"\nseed {seed}: {row.name}")
-            if row.name not in trials:
-                trials[row.name] = study.tune(args.out, seed, row, trials)
-            found[row.name] = study.run_row(args.out, seed, row, trials, args.split)
-        seeds.append(found)
+        seeds[seed] = study.run_seed(seed)
 
-    results = summarise(args.data, seeds, trials, untrained)
-    report, text = args.out / f"results-{args.split}.json", table(results, args.split)
+    results = summarise(study, seeds, untrained_share(asked))
+    report, text = args.out / f"results-{args.split}.json", table(results)
     write_json(report, results)
     write_text(args.out / f"table-{args.split}.md", text)
     print(f"{text}\nwrote {report} and table-{args.split}.md")

@@ -5,26 +5,30 @@ and run.json in the layout of evaluate.py. What is finished is not done again, a
 was made with other settings.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from hanorec.base.config import DataConfig, EvalConfig, ModelConfig
+from hanorec.base.config import DataConfig, EvalConfig
 from hanorec.base.errors import InputError
 from hanorec.base.settings import parse
+from hanorec.baselines import matrix_training, sequence_training
+from hanorec.baselines.config import MatrixConfig, SequenceConfig, VectorFiles
+from hanorec.baselines.vectors import candidate_scores
 from hanorec.datasets.interactions import Example
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.load import load_backbone
 from hanorec.mllm.tasks import load_pictures, near_items
 from hanorec.ranking.candidate_sets import HeldOut, frozen_sets, held_out
 from hanorec.ranking.report import popularity
-from hanorec.run.record import all_settings, check_settings
+from hanorec.ranking.retriever import load_retriever
 from hanorec.run.scored import write_scores
-from hanorec.studies.runs import EVALUATION, TRAINING, is_evaluated, settings, timed, train_once
+from hanorec.studies.runs import EVALUATION, TRAINING, train_once
 from hanorec.studies.scripts import script
 
 # Flags that a user may give, and whose they are.
@@ -149,7 +153,8 @@ def train_vectors(
 def score_vectors(job: Job) -> None:
     """Inner products of each example's state and its candidates."""
     found = load_candidates(job.test)
-    retriever = load_retriever(job.trained / found.configs[1].split)
+    split = found.configs[1].split
+    retriever = load_retriever(job.trained / split, split)
     scores = {}
     for kind, examples in found.sets.items():
         scores[kind] = candidate_scores(retriever, found.held.catalog, examples)

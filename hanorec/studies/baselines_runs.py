@@ -66,15 +66,16 @@ class Comparison:
         rate = settings(maker.kinds, flags)["learning_rate"]
         return [*flags, *trial.flags, "--learning-rate", repr(rate * trial.rate)]
 
-    def test(self, name: str, split: str) -> list[str]:
-        """The flags of a row's scoring, but for `--adapter` and `--out`."""
+    def test(self, split: str, name: str = "") -> list[str]:
+        """The flags of a row's scoring, or of all rows', but for `--adapter` and `--out`."""
+        own = self.rows[name].test if name else ()
         given = ["--data", self.data, "--model", self.model or "", *self.flags["test"]]
-        return [*given, *self.rows[name].test, "--split", split]
+        return [*given, *own, "--split", split]
 
     def check_flags(self, seed: int) -> None:
         """InputError where the flags of any row are wrong, before the first one is trained."""
         for name, row in self.rows.items():
-            settings(EVALUATION, self.test(name, self.split))
+            settings(EVALUATION, self.test(self.split, name))
             for number, _ in enumerate(row.grid[: self.trials]):
                 settings(MAKERS[row.maker].kinds, self.training(name, number, seed))
 
@@ -104,7 +105,7 @@ class Comparison:
 
     def tune(self, name: str, seed: int) -> None:
         """Every trial of a row on validation; nothing to do where there is no choice."""
-        test = [*self.test(name, "val"), "--sets", "random"]
+        test = [*self.test("val", name), "--sets", "random"]
         settings, values = self.settings_of(name), []
         for number in range(len(settings) if len(settings) > 1 else 0):
             report = self.score(name, seed, number, "trials", test)
@@ -118,7 +119,7 @@ class Comparison:
         how many were trained on, and "full_ranking", metric -> value, of those that can.
         """
         number = self.number(name)
-        found = self.score(name, seed, number, self.split, self.test(name, self.split))
+        found = self.score(name, seed, number, self.split, self.test(self.split, name))
         inputs = found["evaluated_on"]
         wanted = {}  # of inputs that not all rows have, those that this one has
         for key, value in self.stated.items():
@@ -145,15 +146,21 @@ class Comparison:
         if not is_evaluated(report):
             timed(scoring / "scoring.json", lambda: maker.score(job))
         known = settings(EVALUATION, test)
-        if not maker.model:
-            known = {key: known[key] for key in known.keys() - {f.name for f in fields(ModelConfig)}}
+        if not maker.model:  # how a checkpoint is loaded is not part of it
+            for setting in fields(ModelConfig):
+                del known[setting.name]
         check_settings(report, known)
         return {
             **read_report(report),
             "training": cpu_seconds(training),
             "scoring": cpu_seconds(scoring),
             "pairs": facts.get("pairs", facts.get("rows")),
+            "full_ranking": self.full_ranking(out) if maker.ranks_all else None,
         }
+
+    def full_ranking(self, out: Path) -> dict[str, float]:
+        """Recall and NDCG among all items, of the split, as the training run found them."""
+        return read_object(out / "metrics.json")["valid" if self.split == "val" else "test"]
 
 
 def cpu_seconds(folder: Path) -> float | None:

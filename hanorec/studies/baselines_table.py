@@ -10,7 +10,15 @@ from hanorec.baselines.rows import CONTROL, ROWS
 from hanorec.metrics import bootstrap_interval
 from hanorec.ranking.report import METRICS
 from hanorec.studies.baselines_runs import METRIC, Comparison
-from hanorec.studies.tables import against_cells, compare_rows, mean_cell, percent, values_of
+from hanorec.studies.tables import (
+    against_cells,
+    compare_rows,
+    head,
+    line,
+    mean_cell,
+    percent,
+    values_of,
+)
 
 POOLED = "pooled AUC"
 FULL = ["Recall@10", "NDCG@10", "Recall@20", "NDCG@20"]
@@ -24,22 +32,22 @@ COSTS = [
 ]
 
 LEGEND = """
-Mean ± deviation over {seeds} seed(s) of training, percent; AUC is the mean over users, pooled AUC \
-over all pairs of a positive and a negative, whatever user they come from. NDCG@3 over users: 95% \
-interval of its mean, users drawn with replacement, seeds averaged. − {control}: paired difference \
-in NDCG@3, in points; its 95% interval over users (seeds averaged, the trained models held fixed) \
-and over seeds (Student's); seeds above; p of a sign-flip test over users, not corrected for the \
-number of rows. Published figures are NDCG@3 of document 000, on candidates that it does not state, \
-MLLM-MSR's inferred from its relative distance: nothing here reproduces them.
+Mean ± deviation over {seeds} seed(s) of training, percent. AUC is the mean over users, pooled AUC \
+counts all pairs of a positive and a negative, whatever user they come from. NDCG@3 over users: \
+95% interval of its mean, users drawn with replacement, seeds averaged. − {control}: paired \
+difference in NDCG@3, in points; its 95% interval over users (seeds averaged, the trained models \
+held fixed) and over seeds (Student's); seeds above; p of a sign-flip test over users, not \
+corrected for the number of rows. Published: NDCG@3 of document 000, on candidates that it does \
+not state, MLLM-MSR's inferred from HaNoRec's gain over it; nothing here reproduces them.
 
-Settings were chosen by {metric} on validation, random candidates, seed {first}: {trials} trial(s) \
-of each trained row, each variant (L = 5) one of its own. {val}Full ranking: all items but those \
-that the user had before, targets that are new to the user. Training pairs: (user, item) pairs, or \
-prompts, that a row's training sees in an epoch, beside those of the row that it stands on. CPU \
-seconds: of the process that finished it.
+Settings are chosen by {metric} on validation, random candidates, seed {first}: {trials} trial(s) \
+of each trained row, a variant (L = 5) being a row. {val}Full ranking: all items that the user did \
+not have before, for all users of {split}.tsv; targets that the user had are left out. Training \
+pairs: (user, item) pairs, prompts or preference pairs that a row's own training sees in an epoch. \
+CPU seconds: of the processes that finished it.
 
-{untrained:.1%} of the targets are items without a training pair; rows by inner product leave \
-such items at their initial vectors.
+{untrained:.1%} of the targets are items without a training pair, which rows by inner product \
+know nothing of.
 """
 
 
@@ -125,11 +133,11 @@ def table(results: Mapping[str, Any]) -> str:
     lines = []
     for kind, one in results["sets"].items():
         title = f"{results['data']}, {kind} candidates, {results['split']}, {one['users']} users"
-        lines += [f"\n**{title}**\n", *_head(COLUMNS)]
+        lines += [f"\n**{title}**\n", *head(COLUMNS)]
         for name, entry in one["rows"].items():
-            lines.append(_line([name, *_cells(rows.get(name, CHANCE), entry, seeds)]))
-    lines += ["\n**Full ranking, and what each row took**\n", *_head(COSTS)]
-    lines += [_line([name, *_cost_cells(row)]) for name, row in rows.items()]
+            lines.append(line([name, *_cells(rows.get(name, CHANCE), entry, seeds)]))
+    lines += ["\n**Full ranking, and what each row took**\n", *head(COSTS)]
+    lines += [line([name, *_cost_cells(row)]) for name, row in rows.items()]
     lines.append(_legend(results))
     for name in rows:
         if ROWS[name].said:
@@ -143,12 +151,16 @@ CHANCE = {"class": "none", "named": True, "published": []}
 def _cells(row: Mapping[str, Any], entry: Mapping[str, Any], seeds: int) -> list[str]:
     """All columns of a candidate set's table but the name."""
     kind = row["class"] if row["named"] else f"{row['class']}, not named by the document"
-    spread = "over_users" in entry  # chance has none
-    cells = [kind, *(percent(entry["values"][name], spread) for name in [*METRICS, POOLED])]
-    cells.append("[{:.2f}, {:.2f}]".format(*(100 * x for x in entry["over_users"])) if spread else "")
+    ends = entry.get("over_users")  # chance has none
     test = entry.get("against_control")
-    cells += [*against_cells(entry, seeds), f"{test['p']:.4f}" if test else ""]
-    return [*cells, ", ".join("–" if x is None else f"{x:.2f}" for x in row["published"])]
+    return [
+        kind,
+        *(percent(entry["values"][metric], ends is not None) for metric in [*METRICS, POOLED]),
+        f"[{100 * ends[0]:.2f}, {100 * ends[1]:.2f}]" if ends else "",
+        *against_cells(entry, seeds),
+        f"{test['p']:.4f}" if test else "",
+        ", ".join("–" if value is None else f"{value:.2f}" for value in row["published"]),
+    ]
 
 
 def _cost_cells(row: Mapping[str, Any]) -> list[str]:
@@ -161,3 +173,13 @@ def _cost_cells(row: Mapping[str, Any]) -> list[str]:
         mean_cell(row["training_cpu_seconds"]),
         mean_cell(row["scoring_cpu_seconds"]),
     ]
+
+
+def _legend(results: Mapping[str, Any]) -> str:
+    tried = max(len(row["trials"]) for row in results["rows"].values())
+    val = ""
+    if results["split"] == "val":
+        val = "So figures on validation, as these are, flatter every row that had a choice. "
+    return LEGEND.format(
+        seeds=len(results["seeds"]), first=results["seeds"][0], control=CONTROL, metric=METRIC,
+        trials=tried or 1, val=val, split=results["split"], untrained=results["untrained_targets"])

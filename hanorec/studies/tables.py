@@ -115,11 +115,10 @@ def table(results: Mapping[str, Any], split: str) -> str:
     lines = []
     for data, sets in results.items():
         for kind, one in sets.items():
-            lines += [_caption(data, kind, split, one), " | ".join(COLUMNS)]
-            lines.append("---|" * (len(COLUMNS) - 1) + "---")
+            lines += [_caption(data, kind, split, one), *head(COLUMNS)]
             known = ["chance", "popularity"]
             for row in [*known, *(name for name in one["rows"] if name not in known)]:
-                lines.append(" | ".join([row, *_cells(row, one["rows"][row], one["seeds"])]))
+                lines.append(line([row, *_cells(row, one["rows"][row], one["seeds"])]))
     return "\n".join(lines) + "\n"
 
 
@@ -140,6 +139,15 @@ def _cells(row: str, entry: Mapping[str, Any], seeds: int) -> list[str]:
     cells.append(mean_cell(entry.get("cpu_seconds", [])))
     cells.append(f"{PUBLISHED[row]:.2f}" if row in PUBLISHED else "")
     return cells
+
+
+def head(columns: Sequence[str]) -> list[str]:
+    """The two lines above a table's rows."""
+    return [line(columns), "---|" * (len(columns) - 1) + "---"]
+
+
+def line(cells: Iterable[str]) -> str:
+    return " | ".join(cells)
 
 
 def percent(values: Sequence[float], spread: bool = True) -> str:
