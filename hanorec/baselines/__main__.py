@@ -1,4 +1,7 @@
-"""The comparison, `hanorec.studies.baselines`, as a command: python -m hanorec.baselines."""
+"""The command of the comparison, which is `hanorec.studies.baselines`.
+
+    python -m hanorec.baselines --data DATA --out OUT [--model MODEL]
+"""
 
 from hanorec.base import command
 from hanorec.studies.baselines import main

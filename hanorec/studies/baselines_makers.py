@@ -111,7 +111,7 @@ def load_candidates(test: Sequence[str]) -> Candidates:
 
 def untrained_share(found: Candidates) -> float:
     """The share of the targets that no user has in training."""
-    trained = {row for rows in found.held.interactions.train.values() for row in rows}
+    trained = set().union(*found.held.interactions.train.values())
     targets = [example.target for example in next(iter(found.sets.values()))]
     return float(np.mean([target not in trained for target in targets]))
 

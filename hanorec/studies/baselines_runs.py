@@ -116,7 +116,7 @@ class Comparison:
         """The row with its chosen setting.
 
         Returns: what `read_report` does, "training" and "scoring", CPU seconds or None, "pairs",
-        how many were trained on, and "full_ranking", metric -> value, of those that can.
+        how many were trained on, and "full_ranking", metric -> value where it has one.
         """
         number = self.number(name)
         found = self.score(name, seed, number, self.split, self.test(self.split, name))
@@ -155,7 +155,7 @@ class Comparison:
             "training": cpu_seconds(training),
             "scoring": cpu_seconds(scoring),
             "pairs": facts.get("pairs", facts.get("rows")),
-            "full_ranking": self.full_ranking(out) if maker.ranks_all else None,
+            "full_ranking": self.full_ranking(out) if maker.ranks_all else {},
         }
 
     def full_ranking(self, out: Path) -> dict[str, float]:

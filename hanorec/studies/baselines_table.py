@@ -2,6 +2,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,12 +106,13 @@ def _row_facts(
 ) -> dict[str, Any]:
     """What of a row does not depend on the candidates; lists are by seed."""
     row, settings = ROWS[name], study.settings_of(name)
+    full: dict[str, list[float]] = {}
+    for one in of_seeds:
+        for metric, value in one["full_ranking"].items():
+            full.setdefault(metric, []).append(value)
     trials = []
     for setting, value in zip(settings, study.tried[name], strict=False):
         trials.append({"setting": str(setting), METRIC: value})
-    full = {}
-    if of_seeds[0]["full_ranking"]:
-        full = {metric: [one["full_ranking"][metric] for one in of_seeds] for metric in FULL}
     return {
         "class": row.kind,
         "named": row.named,
@@ -131,9 +133,10 @@ def table(results: Mapping[str, Any]) -> str:
     """Markdown, in percent."""
     rows, seeds = results["rows"], len(results["seeds"])
     lines = []
+    data = Path(results["data"]).resolve().name
     for kind, one in results["sets"].items():
-        title = f"{results['data']}, {kind} candidates, {results['split']}, {one['users']} users"
-        lines += [f"\n**{title}**\n", *head(COLUMNS)]
+        where = f"{data}, {results['split']}, {kind} candidates, {one['users']} targets"
+        lines += [f"\n**{where}**\n", *head(COLUMNS)]
         for name, entry in one["rows"].items():
             lines.append(line([name, *_cells(rows.get(name, CHANCE), entry, seeds)]))
     lines += ["\n**Full ranking, and what each row took**\n", *head(COSTS)]
@@ -164,9 +167,9 @@ def _cells(row: Mapping[str, Any], entry: Mapping[str, Any], seeds: int) -> list
 
 
 def _cost_cells(row: Mapping[str, Any]) -> list[str]:
-    full = [percent(row["full_ranking"][name]) if row["full_ranking"] else "" for name in FULL]
+    full = row["full_ranking"]
     return [
-        *full,
+        *(percent(full[name]) if full else "" for name in FULL),
         str(len(row["trials"]) or ""),
         row["chosen"] or "",
         "" if row["training_pairs"] is None else f"{row['training_pairs']:,}",

@@ -33,7 +33,8 @@ FLOORS = [
     ("baselines", ["hanorec/baselines"], "the systems that HaNoRec is compared with"),
     (
         "studies",
-        ["hanorec/studies", "hanorec/demo.py", "hanorec/export.py", "hanorec/check.py"],
+        ["hanorec/studies", "hanorec/demo.py", "hanorec/export.py", "hanorec/check.py",
+         "hanorec/baselines/__main__.py"],
         "commands that run the scripts, compare and draw",
     ),
     ("scripts", ["."], "the loops, to be read from top to bottom"),
