@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # neighbourhoods.
     backbone = load_backbone(model.model, model.dtype, model.device, model.max_pixels, config.shard)
     held = held_out(data, config)
-    tasks.print_missing_images(held.catalog)
+    tasks.print_missing_images(held.catalog, data)
 
     @cache
     def pictures() -> dict[int, ImageFeatures]:
@@ -75,11 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Which candidates: frozen sets, or what the retriever finds in the whole catalogue.
     if config.retriever is None:
-        sets = frozen_sets(held, data, config, near, f"input embeddings of {backbone.path}")
+        embedding = f"input embeddings of {'titles, ' * (data.images == 'none')}{backbone.path}"
+        sets = frozen_sets(held, data, config, near, embedding)
     else:
         examples, places, retrieval = retrieved(held, config)
         sets = {"retrieved": examples}
-    shown = evaluation.shown_pictures(pictures(), config)
+    shown = evaluation.shown_pictures(pictures(), data.images, config.seed)
     builder = PromptBuilder(backbone, held.catalog, shown, data)
 
     # What each policy makes of them: a list for one user, a reranking, or metrics on each set.
