@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hanorec.base.config import EvalConfig
+from hanorec.base.config import NEGATIVES, EvalConfig
 from hanorec.base.errors import InputError
-from hanorec.base.files import sha256
+from hanorec.base.files import read_object, sha256
 from hanorec.datasets.catalog import data_hash
 from hanorec.lora.folder import adapter_config, check_adapter
 from hanorec.lora.stack import base_fingerprint, checkpoint_fingerprint
@@ -24,7 +24,8 @@ from hanorec.run.reference import read_reference
 
 
 def check_training(configs: Sequence[Any]) -> None:
-    """InputError where --sft is no adapter, or --reference no file of reference log-probabilities.
+    """InputError where --sft is no adapter, --reference no file of reference log-probabilities, or
+    --negatives no file that can be read.
 
     configs: of a training script, of which some have these settings.
     """
@@ -33,6 +34,8 @@ def check_training(configs: Sequence[Any]) -> None:
             check_named_adapter("--sft", config.sft)
         if getattr(config, "reference", "once") != "once":
             read_reference(Path(config.reference))
+        if getattr(config, "negatives", "random") not in NEGATIVES:
+            read_object(Path(config.negatives))
 
 
 def check_evaluation(config: EvalConfig) -> None:
