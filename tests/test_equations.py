@@ -19,10 +19,10 @@ ROOT = Path(__file__).parent.parent
 IDS = [
     "SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)),
     *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7)),
-    "SP-1", "SP-2",
+    "SP-1", "SP-2", "MR-1", "MR-2",
 ]
 # Of a formula over several lines the first one alone has the tag.
-TAG = re.compile(r"#\s*((?:SFT|DPO|HN|EV|BR|SP)-\d+):")
+TAG = re.compile(r"#\s*((?:SFT|DPO|HN|EV|BR|SP|MR)-\d+):")
 READING = re.compile(
     r"^\| `(?P<table>[A-Z]+)\[\"(?P<name>\w+)\"\]` \| `--(?P<flag>\w+) (?P<value>\w+)` "
     r"\| `(?P<function>[\w.]+)` \| (?P<source>\w+) \| `(?P<test>[\w/.:]+)` \|$",

@@ -79,7 +79,7 @@ def training_inputs(
         "adapter": sft and sha256(Path(sft) / "adapter_model.safetensors"),
         "adapter_stack": sft and _stack_sha256(Path(sft)),
         "data": data_hash(builder.catalog),
-        **_seen(builder),
+        **seen_inputs(builder),
         "stands_on": base_fingerprint(builder.backbone.model),
         "prompts": _prompts_sha256(rows),
     }
@@ -90,10 +90,10 @@ def evaluation_inputs(
 ) -> dict[str, str]:
     """Hashes of what was evaluated on what."""
     policies = config.adapter or ["base"]
-    return input_hashes(held, builder.config, config, policies) | _seen(builder)
+    return input_hashes(held, builder.config, config, policies) | seen_inputs(builder)
 
 
-def _seen(builder: PromptBuilder) -> dict[str, str]:
+def seen_inputs(builder: PromptBuilder) -> dict[str, str]:
     """Of the base and of what it is shown, beside titles and interactions."""
     backbone = builder.backbone
     processor = backbone.image_processor
