@@ -6,7 +6,6 @@ import json
 import shutil
 
 import pytest
-import toy
 
 from hanorec.base.errors import InputError
 from hanorec.baselines.rows import CONTROL, ROWS, TRIALS, Trial

@@ -6,7 +6,7 @@ That is the document, the authors' release, or ours. The settings of BR-MRS: con
 from dataclasses import dataclass
 from typing import Literal
 
-from hanorec.base.errors import InputError
+from hanorec.base.errors import InputError, shown
 from hanorec.base.settings import TINY, check, option
 
 
@@ -144,6 +144,8 @@ class TrainConfig:
 # sigma_n; the document says 0.05 to 0.1
 PRESETS = {"microlens": 0.05, "netflix": 0.1, "movielens": 0.1}
 
+NEGATIVES = ("random", "same", "chns")  # how the rejected item is drawn, if no file says it
+
 
 @dataclass(frozen=True)
 class DpoConfig:
@@ -153,10 +155,11 @@ class DpoConfig:
         "full",
         "document, ablation table; dpo = w/o ALL",
     )
-    negatives: Literal["random", "same", "chns"] = option(
+    negatives: str = option(
         "random",
         "document 000; the rejected item is a random negative of the prompt, the one nearest to "
-        "the chosen item, or (chns) nearest in one modality",
+        "the chosen item (same), or nearest in one modality (chns); or it is read from a file of "
+        "picks (FILE.json), one a prompt",
     )
     rejected: int = option(
         1,
@@ -216,6 +219,18 @@ class DpoConfig:
 
     def __post_init__(self) -> None:
         check(self, rejected=1, beta0=TINY, k=1, sigma=0, kl_coef=0, trim=TINY)
+        if self.negatives in NEGATIVES:
+            return
+        if not self.negatives.endswith(".json"):
+            raise InputError(
+                f"--negatives {shown(self.negatives)}: expected {', '.join(NEGATIVES)}, or a file "
+                "of picks that ends in .json"
+            )
+        if self.rejected > 1:
+            raise InputError(
+                f"--rejected {self.rejected} with --negatives {shown(self.negatives)}: expected 1, "
+                "since a file of picks has one for each prompt"
+            )
 
     @property
     def hars(self) -> bool:

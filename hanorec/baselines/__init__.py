@@ -1,8 +1,10 @@
-"""The systems that HaNoRec is compared with.
+"""The systems that HaNoRec is compared with, a file an idea.
 
-Equations: `matrix.py` BPR-MF and LightGCN, `sequential.py` SASRec and the losses of sequences,
-`attention.py` its blocks, `encoders.py` GRU4Rec, Caser and BERT4Rec, `cl4srec.py` CL4SRec. Their
-scores are inner products. `config.py` has their settings, `matrix_training.py` and
-`sequence_training.py` a loop each, `vector_run.py` what stands around these, `vectors.py` what is
-asked of a trained one.
+Scores that are inner products: `matrix` (BPR-MF, LightGCN), `sequential` (SASRec, and the losses of
+sequences) with its `attention`, `encoders` (GRU4Rec, Caser, BERT4Rec), `cl4srec`. `config` has
+their settings, `matrix_training` and `sequence_training` a loop each, `vector_run` what stands
+around both, `vectors` what is asked of a trained one.
+
+Language models: `sprec`, with `picking`, its scoring pass; `mllm_msr`. All rows of the comparison:
+`rows`; its command: `python -m hanorec.baselines`.
 """

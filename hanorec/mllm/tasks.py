@@ -3,13 +3,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from hanorec.base.config import DataConfig, TrainConfig
+from hanorec.base.config import NEGATIVES, DataConfig, TrainConfig
 from hanorec.base.errors import InputError
 from hanorec.datasets.candidates import draw_candidates, draw_hard_candidates, near_count
 from hanorec.datasets.catalog import Catalog, load_catalog
@@ -20,6 +21,7 @@ from hanorec.datasets.interactions import (
     select_users,
     training_examples,
 )
+from hanorec.datasets.picks import load_picks
 from hanorec.hars import fuse
 from hanorec.mllm import prompts
 from hanorec.mllm.backbone import Backbone, ImageFeatures
@@ -148,6 +150,17 @@ def views(builder: PromptBuilder, kind: str) -> list[Tensor]:
     return [F.normalize(H, dim=1), F.normalize(X, dim=1)]
 
 
+def rejected_items(
+    builder: PromptBuilder, examples: Sequence[Example], seed: int, count: int, kind: str
+) -> list[list[int]]:
+    """`count` rejected items for each example: drawn as `views` knows the kind, or one that a file
+    of picks names, see `load_picks`."""
+    if kind not in NEGATIVES:
+        return [[pick] for pick in load_picks(Path(kind), examples, builder.catalog)]
+    near = views(builder, kind)
+    return [negatives_of(example, seed, count, near) for example in examples]
+
+
 # ---- the rows of each stage ----
 
 
@@ -185,7 +198,7 @@ def preferences(
     """ranking: the target's title against those of `count` negatives. binary: Yes against No on the
     target, No against Yes on one.
 
-    kind: which negatives, see `views`. Raises InputError where two titles are equal: their
+    kind: which negatives, see `rejected_items`. Raises InputError where two titles are equal: their
     log-probabilities always are, so nothing can be learnt; and for the binary task with a count
     above 1.
     """
@@ -194,9 +207,9 @@ def preferences(
             f"--rejected {count} with --task binary: expected 1, since the only other answer is "
             "No; use --task ranking"
         )
-    found, near = [], views(builder, kind)
-    for example in tqdm(examples, desc="prompts", disable=None, leave=False):
-        chosen, rejected = example.target, negatives_of(example, seed, count, near)
+    found, items = [], rejected_items(builder, examples, seed, count, kind)
+    for i, example in enumerate(tqdm(examples, desc="prompts", disable=None, leave=False)):
+        chosen, rejected = example.target, items[i]
         if builder.config.task == "ranking":
             check_titles(builder.catalog, example, rejected)
             rows = [builder.ranking_row(example, [chosen, *rejected])]

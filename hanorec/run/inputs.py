@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hanorec.base.config import EvalConfig
+from hanorec.base.config import NEGATIVES, EvalConfig
 from hanorec.base.errors import InputError
-from hanorec.base.files import sha256
+from hanorec.base.files import read_object, sha256
 from hanorec.datasets.catalog import data_hash
 from hanorec.lora.folder import adapter_config, check_adapter
 from hanorec.lora.stack import base_fingerprint, checkpoint_fingerprint
@@ -24,8 +24,8 @@ from hanorec.run.reference import read_reference
 
 
 def check_training(configs: Sequence[Any]) -> None:
-    """InputError where --sft is no adapter, or --reference no file of reference log-probabilities,
-    or --images is for evaluation alone.
+    """InputError where --sft is no adapter, --reference no file of reference log-probabilities,
+    --negatives no file that can be read, or --images is for evaluation alone.
 
     configs: of a training script, of which some have these settings.
     """
@@ -39,6 +39,8 @@ def check_training(configs: Sequence[Any]) -> None:
             check_named_adapter("--sft", config.sft)
         if getattr(config, "reference", "once") != "once":
             read_reference(Path(config.reference))
+        if getattr(config, "negatives", "random") not in NEGATIVES:
+            read_object(Path(config.negatives))
 
 
 def check_evaluation(config: EvalConfig) -> None:
@@ -82,7 +84,7 @@ def training_inputs(
         "adapter": sft and sha256(Path(sft) / "adapter_model.safetensors"),
         "adapter_stack": sft and _stack_sha256(Path(sft)),
         "data": data_hash(builder.catalog),
-        **_seen(builder),
+        **seen_inputs(builder),
         "stands_on": base_fingerprint(builder.backbone.model),
         "prompts": _prompts_sha256(rows),
     }
@@ -93,10 +95,10 @@ def evaluation_inputs(
 ) -> dict[str, str]:
     """Hashes of what was evaluated on what."""
     policies = config.adapter or ["base"]
-    return input_hashes(held, builder.config, config, policies) | _seen(builder)
+    return input_hashes(held, builder.config, config, policies) | seen_inputs(builder)
 
 
-def _seen(builder: PromptBuilder) -> dict[str, str]:
+def seen_inputs(builder: PromptBuilder) -> dict[str, str]:
     """Of the base and of what it is shown, beside titles and interactions."""
     backbone = builder.backbone
     processor = backbone.image_processor
