@@ -44,6 +44,11 @@ class DataConfig:
     )
     history: int = option(5, "authors' release: how many past items the prompt shows")
     candidates: int = option(10, "document: items to choose from, the chosen one and 9 negatives")
+    images: Literal["own", "none", "shuffled"] = option(
+        "own",
+        "document: each item's image; none (ours): titles alone, no image file is looked at; "
+        "shuffled (ours, evaluation): another item's, to see what images are worth",
+    )
     candidate_images: Literal["on", "off"] = option(
         "on",
         "document: images of the candidates; off spares their tokens",
@@ -252,10 +257,6 @@ class EvalConfig:
     )
     split: Literal["test", "val"] = option("test", "test for reports, val for choosing settings")
     sets: Literal["both", "random", "hard"] = option("both", "candidate sets")
-    images: Literal["own", "shuffled"] = option(
-        "own",
-        "shuffled (ours): give each item another one's image, to see what images are worth",
-    )
     batch: int = option(4, "users in one forward")
     seed: int = option(2025, "seed of the candidate sets and of the intervals")
     similarity: bool = option(

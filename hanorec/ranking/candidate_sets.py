@@ -46,7 +46,7 @@ class HeldOut:
 
 def held_out(data: DataConfig, config: EvalConfig) -> HeldOut:
     """Read the data folder, and choose the users of `config`. InputError: there is nobody."""
-    catalog = load_catalog(data.data)
+    catalog = load_catalog(data.data, images=data.images != "none")
     interactions = load_interactions(data.data, catalog)
     every = heldout_examples(interactions, config.split, data.history)
     if not every:
