@@ -13,16 +13,17 @@ import pytest
 from hanorec import readings
 from hanorec.base import config
 from hanorec.base.config_brmrs import BrmrsConfig
+from hanorec.baselines.llara_training import LlaraConfig
 from hanorec.baselines.picking import PickConfig
 
 ROOT = Path(__file__).parent.parent
 IDS = [
     "SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)),
     *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7)),
-    "SP-1", "SP-2", "MR-1", "MR-2",
+    "SP-1", "SP-2", "MR-1", "MR-2", *(f"LL-{n}" for n in range(1, 4)),
 ]
 # Of a formula over several lines the first one alone has the tag.
-TAG = re.compile(r"#\s*((?:SFT|DPO|HN|EV|BR|SP|MR)-\d+):")
+TAG = re.compile(r"#\s*([A-Z]+-\d+):")
 READING = re.compile(
     r"^\| `(?P<table>[A-Z]+)\[\"(?P<name>\w+)\"\]` \| `--(?P<flag>\w+) (?P<value>\w+)` "
     r"\| `(?P<function>[\w.]+)` \| (?P<source>\w+) \| `(?P<test>[\w/.:]+)` \|$",
@@ -137,7 +138,7 @@ def test_each_option_named_is_a_setting(equation):
     field takes.
     """
     kinds = [config.ModelConfig, config.DataConfig, config.TrainConfig, config.DpoConfig]
-    kinds += [config.EvalConfig, PickConfig]
+    kinds += [config.EvalConfig, PickConfig, LlaraConfig]
     known = settings(*([BrmrsConfig] if equation.startswith("BR") else kinds))
     for flag, values in options(entries()[equation]):
         assert flag in known, flag
