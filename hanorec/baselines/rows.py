@@ -112,6 +112,11 @@ ROWS = {
         "MLLM", "base", test=("--history", "10"),
         said="nothing is trained; the titles are scored instead of a list being written, an image "
         "an item instead of one joined picture; which strategy the document ran is not stated"),
+    "SPRec": Baseline(
+        "LLM", "sprec", grid=ADAPTERS, below="SFT",
+        said="starts from the row SFT, images included; the rejected answer is the best wrong "
+        "candidate instead of a free generation; the adapters of a round are joined, so the rank "
+        "grows"),
     "DPO": Baseline(
         "ours", "dpo", ("--ablation", "dpo"), grid=PREFERENCES, below="SFT",
         published=(49.82, None, None)),

@@ -26,8 +26,9 @@ from hanorec.base.errors import InputError
 from hanorec.base.files import write_json, write_text
 from hanorec.base.lock import lock_folder
 from hanorec.baselines.rows import CONTROL, ROWS, TRIALS, Baseline
-from hanorec.studies.baselines_makers import MAKERS, STAGES, load_candidates, untrained_share
+from hanorec.studies.baselines_makers import MAKERS, STAGES
 from hanorec.studies.baselines_runs import Comparison
+from hanorec.studies.baselines_scoring import load_asked, untrained_share
 from hanorec.studies.baselines_table import summarise, table
 
 
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.data, args.model, args.out, args.split, args.rows, args.flags, args.trials)
     study.check_flags(args.seed)  # before the first row trains
     lock_folder(args.out)
-    asked = load_candidates(study.test(args.split))
+    asked = load_asked(study.test(args.split))
     seeds = {}
     for seed in range(args.seed, args.seed + args.seeds):
         seeds[seed] = study.run_seed(seed)

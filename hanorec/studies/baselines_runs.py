@@ -9,7 +9,8 @@ from hanorec.base.config import ModelConfig
 from hanorec.base.files import read_object
 from hanorec.baselines.rows import Baseline, Trial
 from hanorec.run.record import check_settings
-from hanorec.studies.baselines_makers import MAKERS, Job
+from hanorec.studies.baselines_makers import MAKERS
+from hanorec.studies.baselines_scoring import Job
 from hanorec.studies.runs import (
     EVALUATION,
     check_inputs,
@@ -59,7 +60,7 @@ class Comparison:
         flags = ["--data", self.data, "--seed", str(seed)]
         if maker.model:
             flags += ["--model", str(self.model)]
-        flags += [*self.flags[maker.stage], *row.flags]
+        flags += [*maker.first, *self.flags[maker.stage], *row.flags]
         if maker.below:
             flag, part = maker.below
             flags += [flag, str(self.folder(row.below, seed) / part)]
@@ -118,10 +119,12 @@ class Comparison:
         Returns: what `read_report` does, "training" and "scoring", CPU seconds or None, "pairs",
         how many were trained on, and "full_ranking", metric -> value where it has one.
         """
-        number = self.number(name)
-        found = self.score(name, seed, number, self.split, self.test(self.split, name))
+        test = self.test(self.split, name)
+        found = self.score(name, seed, self.number(name), self.split, test)
         inputs = found["evaluated_on"]
-        wanted = {}  # of inputs that not all rows have, those that this one has
+        if "none" in test:  # --images none: it has looked at none
+            inputs = {key: value for key, value in inputs.items() if key != "images"}
+        wanted = {}  # of what not all rows stand on, that which this one does
         for key, value in self.stated.items():
             if key in inputs or key == "data" or key.startswith("candidates_"):
                 wanted[key] = value
@@ -142,7 +145,7 @@ class Comparison:
             facts = read_object(out / "run.json")
         report = self.folder(name, seed, number, where)
         below = None if row.below is None else self.folder(row.below, seed)
-        job = Job(name, out if row.grid else None, below, test, report)
+        job = Job(name, out if row.grid else None, below, test, report, seed)
         if not is_evaluated(report):
             timed(scoring / "scoring.json", lambda: maker.score(job))
         known = settings(EVALUATION, test)

@@ -35,6 +35,12 @@ def settings(kinds: Sequence[type], flags: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in ("out", "adapter")}
 
 
+def train_script(name: str, flags: Sequence[str], out: Path, spent: Path) -> None:
+    """`train_once` by a script of the repository's root."""
+    last = "adapter_config.json"
+    train_once(lambda argv: script(name).main(argv), TRAINING[name], flags, out, last, spent)
+
+
 def train_once(
     main: Callable[[list[str]], None], kinds: Sequence[type], flags: Sequence[str], out: Path,
     last: str, spent: Path,
@@ -117,9 +123,7 @@ def run_row(
     split = settings(EVALUATION, test)["split"]
     out, report, spent = here / folder, here / split / folder, here / "cpu" / f"{folder}.json"
     if name:
-        train_once(
-            lambda argv: script(name).main(argv), TRAINING[name], flags, out,
-            "adapter_config.json", spent)
+        train_script(name, flags, out, spent)
 
     if not is_evaluated(report):
         adapter = str(out) if name else "base"
