@@ -7,10 +7,10 @@
     python evaluate.py ... --out OUT --retriever BRMRS --top-n 20
         rerank what train_brmrs.py's model retrieves
 
-Every --adapter is one policy, with what it stands on; `--adapter base` is the bare model. Two
-candidate sets, drawn once, kept in the data folder and the same for every model: `random` (unseen
-items) and `hard` (unseen items near the positive). The first policy is compared with each other
-one, user by user. Started by torchrun, several processes divide the users; the files are the same.
+Every --adapter is one policy, with what it stands on; `--adapter base` is the bare model. The
+candidate sets of --sets are drawn once, kept in the data folder and the same for every model. The
+first policy is compared with each other one, user by user. Started by torchrun, several processes
+divide the users; the files are the same.
 """
 
 import time

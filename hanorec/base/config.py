@@ -65,7 +65,8 @@ class DataConfig:
     )
     neighbors: int = option(
         50,
-        "ours: hard negatives are drawn from so many nearest items of the positive",
+        "ours: hard negatives are drawn from so many nearest items of the positive, matched ones "
+        "from so many next to it on either side by popularity",
     )
     users_from: float = option(
         0.0,
@@ -271,7 +272,11 @@ class EvalConfig:
         action="extend",
     )
     split: Literal["test", "val"] = option("test", "test for reports, val for choosing settings")
-    sets: Literal["both", "random", "hard"] = option("both", "candidate sets")
+    sets: Literal["both", "random", "hard", "matched", "all"] = option(
+        "both",
+        "candidate sets: random (document); hard (ours): near the positive; matched (ours): about "
+        "as popular as the positive; both = random and hard",
+    )
     batch: int = option(4, "users in one forward")
     seed: int = option(2025, "seed of the candidate sets and of the intervals")
     similarity: bool = option(

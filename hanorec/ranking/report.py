@@ -3,13 +3,12 @@
 U = users, C = candidates of each.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from hanorec.datasets.interactions import Example
+from hanorec.datasets.interactions import Example, item_counts
 from hanorec.metrics import (
     auc_rows,
     bootstrap_interval,
@@ -127,9 +126,7 @@ def popularity(
 
     train: user -> catalogue rows.
     """
-    count: Counter[int] = Counter()
-    for rows in train.values():
-        count.update(rows)
+    count = item_counts(train)
     scores = []
     for example in examples:
         scores.append([float(count[row]) for row in example.candidates])
