@@ -70,8 +70,8 @@ class Comparison:
     def test(self, split: str, name: str = "") -> list[str]:
         """The flags of a row's scoring, or of all rows', but for `--adapter` and `--out`."""
         own = self.rows[name].test if name else ()
-        given = ["--data", self.data, "--model", self.model or "", *self.flags["test"]]
-        return [*given, *own, "--split", split]
+        common = ["--data", self.data, "--model", self.model or "", "--sets", "all"]
+        return [*common, *self.flags["test"], *own, "--split", split]
 
     def check_flags(self, seed: int) -> None:
         """InputError where the flags of any row are wrong, before the first one is trained."""

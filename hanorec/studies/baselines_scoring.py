@@ -66,7 +66,7 @@ def load_asked(test: Sequence[str]) -> Asked:
             raise InputError(
                 f"{data.data}: no frozen hard candidates of {config.split}, which are drawn by a "
                 "checkpoint's embeddings, expected --model; give it once, or leave them out with "
-                "--test '--sets random'"
+                "--test '--sets random', or matched"
             )
         return near_items(load_builder(model, data, held))
 
