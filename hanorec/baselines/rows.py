@@ -4,8 +4,10 @@ Document 000 names 8 of its 12 baselines; the other four rows are a guess, and s
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 CONTROL = "HaNoRec"  # to which the others are held
+ALWAYS = "popularity"  # which every table has, and chance
 TRIALS = 6  # of each trained row
 
 
@@ -95,28 +97,56 @@ def short(row: Baseline) -> Baseline:
 
 ADAPTERS = grid("--lora-dropout", "0.2")
 PREFERENCES = grid("--beta0", "0.03")
-TEXT = ("--task", "binary", "--images", "none")
+TEXT = ("--images", "none")
+YES_OR_NO = ("--task", "binary")
+ONE_BASE = (
+    "one base describes, summarises and answers; one image, that of the item asked about; loss on "
+    "the answer alone; texts are made once, whichever run needs them first")
+
+
+def msr(form: str, said: str, **more: Any) -> dict[str, Baseline]:
+    """A form of MLLM-MSR, and its two controls."""
+    name, flags = f"MLLM-MSR {form}", (*YES_OR_NO, "--form", form)
+    row = Baseline("MLLM", "msr", flags, YES_OR_NO, ADAPTERS, said=said, **more)
+    control = Baseline("MLLM", "msr_none", test=YES_OR_NO, below=name)
+    return {
+        name: row,
+        f"{name}, no summary": replace(control, said="a control: the row above, asked without"),
+        f"{name}, others' summaries": replace(
+            control, maker="msr_other", said="a control: each user with another one's summary"),
+    }
+
 
 ROWS = {
-    "popularity": Baseline("none", "popularity"),
+    ALWAYS: Baseline("none", "popularity"),
     **MATRICES,
     **SEQUENCES,
     "Caser": CASER,
     **{f"{name}, L = 5": short(row) for name, row in SEQUENCES.items()},
     "SFT": Baseline("ours", "sft", grid=ADAPTERS),
     "TALLRec": Baseline(
-        "LLM", "sft", TEXT, TEXT, ADAPTERS,
+        "LLM", "sft", (*TEXT, *YES_OR_NO), (*TEXT, *YES_OR_NO), ADAPTERS,
         said="without its first stage of general instructions; loss on the answer alone; no list "
         "of disliked items, since nobody says what they dislike; all linear layers adapted"),
-    "MSRBench S1": Baseline(
-        "MLLM", "base", test=("--history", "10"),
-        said="nothing is trained; the titles are scored instead of a list being written, an image "
-        "an item instead of one joined picture; which strategy the document ran is not stated"),
+    "LLaRA": Baseline(
+        "LLM", "llara", TEXT, TEXT, ADAPTERS, below="SASRec (CE)",
+        said="candidates' titles are scored, none is generated, so no answer is invalid; one "
+        "wording; vectors as wide as those of the row SASRec (CE)"),
+    "LLaRA, vectors permuted": Baseline(
+        "LLM", "llara_permuted", test=TEXT, below="LLaRA",
+        said="a control: the row above, each item with another one's vector"),
     "SPRec": Baseline(
         "LLM", "sprec", grid=ADAPTERS, below="SFT",
-        said="starts from the row SFT, images included; the rejected answer is the best wrong "
-        "candidate instead of a free generation; the adapters of a round are joined, so the rank "
-        "grows"),
+        said="starts from the row SFT, so it sees images; the rejected answer is the best wrong "
+        "candidate, not a free generation; the adapters of a round are joined, so the rank grows"),
+    "MSRBench S1": Baseline(
+        "MLLM", "base", test=("--history", "10"),
+        said="nothing is trained; titles are scored instead of a list being written; an image an "
+        "item instead of one joined picture; which strategy the document ran is not stated"),
+    **msr("generated", ONE_BASE, published=(51.10, 57.54, 50.31)),
+    **msr(
+        "extractive", "ours, for bases that cannot write: images and users are described by words "
+        "of titles; else as the generated form"),
     "DPO": Baseline(
         "ours", "dpo", ("--ablation", "dpo"), grid=PREFERENCES, below="SFT",
         published=(49.82, None, None)),

@@ -25,7 +25,7 @@ from pathlib import Path
 from hanorec.base.errors import InputError
 from hanorec.base.files import write_json, write_text
 from hanorec.base.lock import lock_folder
-from hanorec.baselines.rows import CONTROL, ROWS, TRIALS, Baseline
+from hanorec.baselines.rows import ALWAYS, CONTROL, ROWS, TRIALS, Baseline
 from hanorec.studies.baselines_makers import MAKERS, STAGES
 from hanorec.studies.baselines_runs import Comparison
 from hanorec.studies.baselines_scoring import load_asked, untrained_share
@@ -45,8 +45,8 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument(
         "--rows",
-        help="names of rows, between semicolons, with those that they stand on, and "
-        f"{CONTROL} if there is a model; default all that can be: " + "; ".join(ROWS))
+        help="names of rows, between semicolons; those that they stand on come with them, and "
+        f"{CONTROL} where there is a model; default all that can be: " + "; ".join(ROWS))
     parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
     parser.add_argument("--seed", type=int, default=2025)
     parser.add_argument(
@@ -74,13 +74,15 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chosen_rows(asked: str | None, model: str | None) -> dict[str, Baseline]:
-    """The rows asked for, what they stand on, and the control, in the order of `ROWS`."""
+    """The rows asked for, what they stand on, popularity, and with a checkpoint the control, in the
+    order of `ROWS`."""
     if asked is None:
         names = [name for name, row in ROWS.items() if model or not MAKERS[row.maker].model]
         if model is None:
             print(f"note: no --model, so {len(ROWS) - len(names)} rows that need one are left out")
     else:
         names = [name.strip() for name in asked.split(";")]
+        names = [name for name in names if name != "chance"]  # which is no recommender
     for name in names:
         if name not in ROWS:
             near = difflib.get_close_matches(name, ROWS, n=1, cutoff=0)[0]
@@ -90,7 +92,7 @@ def chosen_rows(asked: str | None, model: str | None) -> dict[str, Baseline]:
             raise InputError(
                 f"--rows: the row {name!r} needs a checkpoint and there is none, expected --model; "
                 "give it, or leave the row out")
-    wanted = {*names, CONTROL} if model else {*names}
+    wanted = {*names, ALWAYS, *([CONTROL] if model else [])}
     for name in reversed(ROWS):  # a row stands on one before it
         if name in wanted and (below := ROWS[name].below):
             wanted.add(below)
@@ -102,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = Comparison(
         args.data, args.model, args.out, args.split, args.rows, args.flags, args.trials)
     study.check_flags(args.seed)  # before the first row trains
-    lock_folder(args.out)
     asked = load_asked(study.test(args.split))
+    lock_folder(args.out)
     seeds = {}
     for seed in range(args.seed, args.seed + args.seeds):
         seeds[seed] = study.run_seed(seed)

@@ -1,12 +1,14 @@
 """Who trains and who scores each kind of row of the comparison."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 from hanorec.baselines import matrix_training, sequence_training, sprec
 from hanorec.baselines.config import MatrixConfig, SequenceConfig, VectorFiles
+from hanorec.baselines.llara_training import CONTROL, LLARA
 from hanorec.studies import baselines_language as language
 from hanorec.studies.baselines_scoring import Job, score_adapter, score_popularity, score_vectors
 from hanorec.studies.runs import TRAINING, train_once, train_script
@@ -34,6 +36,7 @@ class Maker(NamedTuple):
         model: whether a checkpoint is needed.
         first: flags that stand before those of the user.
         below: the flag of training that names the folder of the row below, or one in it.
+        keeps: the flag of training that names a folder for what all runs share.
         ranks_all: whether training ends in a full ranking, in metrics.json.
     """
 
@@ -44,6 +47,7 @@ class Maker(NamedTuple):
     model: bool = True
     first: Sequence[str] = ()
     below: tuple[str, str] | None = None
+    keeps: str = ""
     ranks_all: bool = False
 
 
@@ -73,7 +77,16 @@ MAKERS = {
     "base": Maker(score_adapter),
     "sft": by_script("train_sft", "sft"),
     "dpo": by_script("train_dpo", "dpo", ("--sft", "")),
+    "llara": Maker(
+        partial(language.score_llara, policy=LLARA), "sft", language.LLARA, language.train_llara,
+        below=("--table", "test")),
+    "llara_permuted": Maker(partial(language.score_llara, policy=CONTROL)),
     "sprec": Maker(
         language.score_sprec, "sprec", language.SPREC, language.train_sprec, first=sprec.ROUND,
         below=("--sft", "")),
+    "msr": Maker(
+        partial(language.score_msr, shown="own"), "sft", language.MSR, language.train_msr,
+        keeps="--texts"),
+    "msr_none": Maker(partial(language.score_msr, shown="none")),
+    "msr_other": Maker(partial(language.score_msr, shown="other")),
 }

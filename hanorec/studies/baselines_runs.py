@@ -64,6 +64,8 @@ class Comparison:
         if maker.below:
             flag, part = maker.below
             flags += [flag, str(self.folder(row.below, seed) / part)]
+        if maker.keeps:
+            flags += [maker.keeps, str(self.out / "texts")]
         rate = settings(maker.kinds, flags)["learning_rate"]
         return [*flags, *trial.flags, "--learning-rate", repr(rate * trial.rate)]
 
@@ -122,7 +124,7 @@ class Comparison:
         test = self.test(self.split, name)
         found = self.score(name, seed, self.number(name), self.split, test)
         inputs = found["evaluated_on"]
-        if "none" in test:  # --images none: it has looked at none
+        if settings(EVALUATION, test)["images"] == "none":  # it has not looked at them
             inputs = {key: value for key, value in inputs.items() if key != "images"}
         wanted = {}  # of what not all rows stand on, that which this one does
         for key, value in self.stated.items():
@@ -145,7 +147,7 @@ class Comparison:
             facts = read_object(out / "run.json")
         report = self.folder(name, seed, number, where)
         below = None if row.below is None else self.folder(row.below, seed)
-        job = Job(name, out if row.grid else None, below, test, report, seed)
+        job = Job(name, out if row.grid else None, below, test, report)
         if not is_evaluated(report):
             timed(scoring / "scoring.json", lambda: maker.score(job))
         known = settings(EVALUATION, test)

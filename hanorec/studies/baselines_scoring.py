@@ -2,7 +2,7 @@
 evaluate.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from hanorec.mllm.tasks import load_pictures, near_items
 from hanorec.ranking.candidate_sets import HeldOut, frozen_sets, held_out
 from hanorec.ranking.report import popularity
 from hanorec.ranking.retriever import load_retriever
+from hanorec.run.inputs import seen_inputs
 from hanorec.run.scored import write_scores
 from hanorec.studies.runs import EVALUATION
 from hanorec.studies.scripts import script
@@ -32,7 +33,6 @@ class Job(NamedTuple):
         trained: its folder. below: that of the row that it stands on.
         test: evaluate.py's flags, but for the policy and the report's folder.
         report: where metrics.json and run.json go.
-        seed: of the row.
     """
 
     name: str
@@ -40,7 +40,6 @@ class Job(NamedTuple):
     below: Path | None
     test: list[str]
     report: Path
-    seed: int
 
 
 class Asked(NamedTuple):
@@ -59,7 +58,7 @@ def load_asked(test: Sequence[str]) -> Asked:
     InputError: they are of other data; hard ones are to be drawn without a checkpoint.
     """
     model, data, config = parse(EVALUATION, [*test, "--out", "."])
-    held = held_out(data, config)
+    asked = Asked(model, data, config, held_out(data, config), {})
 
     def near() -> Tensor:
         if not model.model:
@@ -68,17 +67,18 @@ def load_asked(test: Sequence[str]) -> Asked:
                 "checkpoint's embeddings, expected --model; give it once, or leave them out with "
                 "--test '--sets random', or matched"
             )
-        return near_items(load_builder(model, data, held))
+        return near_items(load_builder(asked))
 
-    sets = frozen_sets(held, data, config, near, f"input embeddings of {model.model}")
-    return Asked(model, data, config, held, sets)
+    about = f"input embeddings of {model.model}"
+    asked.sets.update(frozen_sets(asked.held, data, config, near, about))
+    return asked
 
 
-def load_builder(model: ModelConfig, data: DataConfig, held: HeldOut) -> PromptBuilder:
+def load_builder(asked: Asked) -> PromptBuilder:
     """The checkpoint, and what its prompts are made of."""
+    model, data, catalog = asked.model, asked.data, asked.held.catalog
     backbone = load_backbone(model.model, model.dtype, model.device, model.max_pixels)
-    pictures = load_pictures(backbone, held.catalog, data)
-    return PromptBuilder(backbone, held.catalog, pictures, data)
+    return PromptBuilder(backbone, catalog, load_pictures(backbone, catalog, data), data)
 
 
 def untrained_share(asked: Asked) -> float:
@@ -89,30 +89,30 @@ def untrained_share(asked: Asked) -> float:
 
 
 def write_report(
-    job: Job, asked: Asked, score: Callable[[list[Example]], np.ndarray], **inputs: str | None
+    job: Job, asked: Asked, scores: Mapping[str, np.ndarray], builder: PromptBuilder | None = None
 ) -> None:
-    """The report of a row that is given its candidate sets one by one.
-
-    score: examples -> (U, C). inputs: hashes of what it stands on beside data and candidates.
-    """
-    scores = {kind: score(examples) for kind, examples in asked.sets.items()}
-    configs = asked.data, asked.config
-    write_scores(job.report, job.name, scores, asked.sets, asked.held, configs, **inputs)
+    """The report of a row: candidate set -> (U, C). builder: where a checkpoint made them."""
+    configs = [asked.data, asked.config, *([asked.model] if builder else [])]
+    seen = seen_inputs(builder) if builder else {}
+    write_scores(job.report, job.name, scores, asked.sets, asked.held, configs, **seen)
 
 
 def score_popularity(job: Job) -> None:
     """How often each candidate was chosen in training."""
-    asked = load_asked(job.test)
-    train = asked.held.interactions.train
-    write_report(job, asked, lambda examples: popularity(train, examples))
+    asked, scores = load_asked(job.test), {}
+    for kind, examples in asked.sets.items():
+        scores[kind] = popularity(asked.held.interactions.train, examples)
+    write_report(job, asked, scores)
 
 
 def score_vectors(job: Job) -> None:
     """Inner products of each example's state and its candidates."""
-    asked = load_asked(job.test)
-    split, catalog = asked.config.split, asked.held.catalog
+    asked, scores = load_asked(job.test), {}
+    split = asked.config.split
     retriever = load_retriever(job.trained / split, split)
-    write_report(job, asked, lambda examples: candidate_scores(retriever, catalog, examples))
+    for kind, examples in asked.sets.items():
+        scores[kind] = candidate_scores(retriever, asked.held.catalog, examples)
+    write_report(job, asked, scores)
 
 
 def score_adapter(job: Job) -> None:

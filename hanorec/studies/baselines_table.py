@@ -33,22 +33,27 @@ COSTS = [
 ]
 
 LEGEND = """
-Mean ± deviation over {seeds} seed(s) of training, percent. AUC is the mean over users, pooled AUC \
-counts all pairs of a positive and a negative, whatever user they come from. NDCG@3 over users: \
-95% interval of its mean, users drawn with replacement, seeds averaged. − {control}: paired \
-difference in NDCG@3, in points; its 95% interval over users (seeds averaged, the trained models \
-held fixed) and over seeds (Student's); seeds above; p of a sign-flip test over users, not \
-corrected for the number of rows. Published: NDCG@3 of document 000, on candidates that it does \
-not state, MLLM-MSR's inferred from HaNoRec's gain over it; nothing here reproduces them.
+Mean ± deviation over {seeds} seed(s) of training, percent.
 
-Settings are chosen by {metric} on validation, random candidates, seed {first}: {trials} trial(s) \
-of each trained row, a variant (L = 5) being a row. {val}Full ranking: all items that the user did \
-not have before, for all users of {split}.tsv; targets that the user had are left out. Training \
-pairs: (user, item) pairs, prompts or preference pairs that a row's own training sees in an epoch. \
-CPU seconds: of the processes that finished it.
+- AUC: mean over users. Pooled AUC: all pairs of a positive and a negative, whatever user they come
+  from.
+- NDCG@3 over users: 95% interval of its mean, users drawn with replacement, seeds averaged.
+- − {control}, where that is a row: paired difference in NDCG@3, in points; 95% interval over users
+  (seeds averaged, the trained models held fixed) and over seeds (Student's); seeds above; p of a
+  sign-flip test over users, not corrected for the number of rows.
+- Published: NDCG@3 of document 000, on candidates that it does not state; MLLM-MSR's is inferred
+  from HaNoRec's gain over it. Nothing here reproduces them.
+- Chosen: by {metric} on validation, random candidates, seed {first}, of {trials} trial(s) of each
+  trained row; a variant (L = 5) is a row of its own.{val}
+- Recall and NDCG: full ranking of all items that the user did not have before, all users of
+  {split}.tsv; targets that the user had are left out.
+- Training pairs: (user, item) pairs, prompts or preference pairs that the row's own training sees
+  in an epoch, beside those of the row that it stands on.
+- CPU seconds: mean over seeds, of the processes that finished it, the chosen trial alone.
+- {untrained:.1%} of the targets are items without a training pair; rows by inner product know
+  nothing of them.
 
-{untrained:.1%} of the targets are items without a training pair, which rows by inner product \
-know nothing of.
+Adaptations, and what rows are:
 """
 
 
@@ -182,7 +187,7 @@ def _legend(results: Mapping[str, Any]) -> str:
     tried = max(len(row["trials"]) for row in results["rows"].values())
     val = ""
     if results["split"] == "val":
-        val = "So figures on validation, as these are, flatter every row that had a choice. "
+        val = " Figures on validation, as these are, flatter every row that had a choice."
     return LEGEND.format(
         seeds=len(results["seeds"]), first=results["seeds"][0], control=CONTROL, metric=METRIC,
         trials=tried or 1, val=val, split=results["split"], untrained=results["untrained_targets"])
