@@ -3,7 +3,7 @@ Yes or No on one item (MR-2).
 
 Two forms make the summaries, each in a file of its own: msr_texts.py has the base describe and
 summarise ("generated"), msr_words.py collects words ("extractive", ours) for bases that cannot
-write. What follows is the same for both: train_sft.py's `fit` on the `sft_rows` of a
+write. What follows is the same for both: the loop of train_sft.py on the `sft_rows` of a
 `ProfileBuilder`, and log P(Yes) - log P(No) of its `scoring_rows`.
 
 Source: MLLM-MSR (arXiv 2408.09698; YuyangYe/MLLM-MSR), with one base for all stages.
