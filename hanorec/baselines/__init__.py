@@ -5,7 +5,7 @@ sequences) with its `attention`, `encoders` (GRU4Rec, Caser, BERT4Rec), `cl4srec
 their settings, `matrix_training` and `sequence_training` a loop each, `vector_run` what stands
 around both, `vectors` what is asked of a trained one.
 
-Language models: `llara`, with `llara_files` and `llara_training`; `sprec`, with `picking`, its scoring
-pass; `mllm_msr`, with `msr_texts` and `msr_words`, its two forms. All rows of the comparison:
+Language models: `llara`, with `llara_files` and `llara_training`; `sprec`, with `picking`, its
+scoring pass; `mllm_msr`, with `msr_texts` and `msr_words`, its two forms. All rows of the comparison:
 `rows`; its command: `python -m hanorec.baselines`.
 """
