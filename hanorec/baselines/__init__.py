@@ -5,7 +5,8 @@ sequences) with its `attention`, `encoders` (GRU4Rec, Caser, BERT4Rec), `cl4srec
 their settings, `matrix_training` and `sequence_training` a loop each, `vector_run` what stands
 around both, `vectors` what is asked of a trained one.
 
-Language models: `llara`, with `llara_files` and `llara_training`; `sprec`, with `picking`, its
-scoring pass; `mllm_msr`, with `msr_texts` and `msr_words`, its two forms. All rows of the comparison:
-`rows`; its command: `python -m hanorec.baselines`.
+Language models: `llara`, with `config_llara`, `llara_files`, `llara_training`; `sprec`, with
+`picking`, its scoring pass; `msrbench`; `mllm_msr`, with its two forms `msr_texts`, `msr_words`.
+
+All rows of the comparison: `rows`. Its command: `python -m hanorec.baselines`.
 """
