@@ -13,7 +13,7 @@ import pytest
 from hanorec import readings
 from hanorec.base import config
 from hanorec.base.config_brmrs import BrmrsConfig
-from hanorec.baselines.llara_training import LlaraConfig
+from hanorec.baselines.config_llara import LlaraConfig
 from hanorec.baselines.picking import PickConfig
 
 ROOT = Path(__file__).parent.parent

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 import train_sft
-from hanorec.base.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
+from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
 from hanorec.base.errors import InputError
 from hanorec.base.files import sha256
 from hanorec.base.lock import unlock_folder
 from hanorec.baselines import llara_training
+from hanorec.baselines.config_llara import LlaraConfig
 from hanorec.baselines.llara import (
     Projector,
     hybrid_probability,
@@ -32,10 +33,8 @@ from hanorec.baselines.llara_files import load_projector, load_table
 from hanorec.baselines.llara_training import (
     CONTROL,
     LLARA,
-    LlaraConfig,
     hybrid_rows,
     score_llara,
-    text_alone,
     train_llara,
 )
 from hanorec.datasets.candidates import draw_candidates
@@ -51,11 +50,18 @@ from hanorec.mllm.tasks import scoring_rows
 from hanorec.run.run import Run
 
 D_TABLE = 6
+TRAIN = {"targets_per_user": 1, "epochs": 1, "accumulation": 2, "learning_rate": 1e-3}
 EXAMPLE = Example("u1", (0, 1, 2), 4, frozenset({0, 1, 2, 4}), (3, 4, 5))
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def prompts_of(data, **options):
+    """Short prompts without images."""
+    options = {"history": 2, "candidates": 4, "images": "none"} | options
+    return DataConfig(str(data), **options)
 
 
 def write_table(folder, ids, m=None):
@@ -107,11 +113,16 @@ def test_curriculum_matches_the_oracle():
 # ---- LL-3: the prompt, and the vectors in it ----
 
 
+def titles_alone(backbone, catalog):
+    """What `--images none` makes of a catalogue with images."""
+    catalog = replace(catalog, images=(None,) * len(catalog.images))
+    return PromptBuilder(backbone, catalog, {}, prompts_of(catalog.directory))
+
+
 @pytest.fixture
 def builder(backbone, catalog):
     """A builder of prompts without images."""
-    data = DataConfig(data="", history=3, candidates=3)
-    return text_alone(PromptBuilder(backbone, catalog, {}, data))
+    return titles_alone(backbone, catalog)
 
 
 def both_rows(builder, example=EXAMPLE, answers=None):
@@ -132,10 +143,8 @@ def test_hybrid_prompt_reads_as_the_task_says(builder):
 
     turn = backbone.turn
     for row, mark in [(text, ""), (hybrid, backbone.vector_text)]:
-        had, offered = (
-            [f"{n}. {titles[item]}{mark}\n" for n, item in enumerate(items, 1)]
-            for items in ([0, 1, 2], [3, 4, 5])
-        )
+        had = [f"{number}. {titles[number - 1]}{mark}\n" for number in (1, 2, 3)]
+        offered = [f"{number}. {titles[number + 2]}{mark}\n" for number in (1, 2, 3)]
         parts = [prompts.HISTORY, *had, prompts.WHICH, *offered, prompts.TITLE_ALONE]
         whole = turn.before + "".join(parts) + turn.after
         encode = backbone.tokenizer.encode
@@ -202,8 +211,7 @@ def test_gradient_through_the_model_by_finite_differences(checkpoints, catalog, 
     """
     backbone = load_backbone(str(checkpoints[family]), "float64", "cpu")
     toy.busy_lora(backbone.model)
-    data = DataConfig(data="", history=3, candidates=3)
-    text, hybrid = both_rows(text_alone(PromptBuilder(backbone, catalog, {}, data)))
+    text, hybrid = both_rows(titles_alone(backbone, catalog))
     m = torch.randn(len(catalog.ids), D_TABLE, generator=generator(1))
     projector = Projector(D_TABLE, backbone.width, generator())
     weights = list(projector.parameters())
@@ -232,28 +240,18 @@ def test_gradient_through_the_model_by_finite_differences(checkpoints, catalog, 
 
 
 @pytest.fixture(scope="module")
-def bare(data, tmp_path_factory):
-    """The data without images, so that train_sft.py's prompts are titles alone."""
-    folder = tmp_path_factory.mktemp("bare") / "data"
-    shutil.copytree(data, folder, ignore=shutil.ignore_patterns("images", "dataset.json", "feat*"))
-    return folder
+def table(data, tmp_path_factory):
+    return write_table(tmp_path_factory.mktemp("sasrec") / "out", load_catalog(data).ids)
 
 
 @pytest.fixture(scope="module")
-def table(bare, tmp_path_factory):
-    return write_table(tmp_path_factory.mktemp("sasrec") / "out", load_catalog(bare).ids)
-
-
-@pytest.fixture(scope="module")
-def train(bare, checkpoints, table, tmp_path_factory):
+def train(data, checkpoints, table, tmp_path_factory):
     """train(family, out=None, **settings) -> OUT of a run of three steps of 8 rows."""
     def start(family="qwen2_5_vl", out=None, table=table, **settings):
         out = out or tmp_path_factory.mktemp("llara") / "out"
         model = ModelConfig(str(checkpoints[family]), device="cpu")
-        data = DataConfig(str(bare), history=2, candidates=4)
-        options = {"epochs": 1, "learning_rate": 1e-3, "accumulation": 2} | settings
-        config = TrainConfig(str(out), targets_per_user=1, **options)
-        train_llara(model, data, config, LlaraConfig(str(table)))
+        config = TrainConfig(str(out), **TRAIN | settings)
+        train_llara(model, prompts_of(data), config, LlaraConfig(str(table)))
         return out
 
     return start
@@ -269,7 +267,7 @@ def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_run_follows_the_curriculum_and_leaves_the_table_alone(trained, table, bare):
+def test_a_run_follows_the_curriculum_and_leaves_the_table_alone(trained, table, data):
     """Which steps are hybrid is the generator's choice behind the projector's start."""
     log, draws = log_of(trained), generator(2025)
     start = Projector(D_TABLE, 64, draws)
@@ -278,7 +276,7 @@ def test_a_run_follows_the_curriculum_and_leaves_the_table_alone(trained, table,
     assert [line["hybrid"] for line in log] == expected
     assert 0 < sum(expected) < 6
 
-    m = load_table(table, load_catalog(bare))
+    m = load_table(table, load_catalog(data))
     assert torch.equal(m, torch.randn(m.shape, generator=generator(7)))
     projector = load_projector(trained, m)
     for learnt, drawn in zip(projector.parameters(), start.parameters(), strict=True):
@@ -289,11 +287,12 @@ def test_a_run_follows_the_curriculum_and_leaves_the_table_alone(trained, table,
     assert record["trained_weights"] > sum(w.numel() for w in projector.parameters())
 
 
-def test_without_hybrid_steps_it_is_text_only_training(train, bare, checkpoints, monkeypatch):
+def test_without_hybrid_steps_it_is_text_only_training(train, data, checkpoints, monkeypatch):
     """p = 0 replays train_sft.py on titles alone, to the bit; and p = 1 does not."""
     monkeypatch.setattr(llara_training, "hybrid_probability", lambda step, steps: 0.0)
     out = train()
-    flags = ["--model", checkpoints["qwen2_5_vl"], "--data", bare, *toy.SHORT, *toy.STEPS]
+    flags = ["--model", checkpoints["qwen2_5_vl"], "--data", data, *toy.SHORT, *toy.STEPS]
+    flags += ["--images", "none"]
     sft = out.parent / "sft"
     train_sft.main([str(word) for word in [*flags, "--out", sft]])
     name = "adapter_model.safetensors"
@@ -356,17 +355,14 @@ def test_a_stopped_run_ends_as_one_that_never_was(train, trained, table, tmp_pat
 
 def train_in_float64(model, data, table, out):
     """In a child: two epochs without dropout."""
+    config = TrainConfig(out, **TRAIN | {"epochs": 2, "lora_dropout": 0.0})
     with in_float64():
-        configs = ModelConfig(model, device="cpu"), DataConfig(data, history=2, candidates=4)
-        train = TrainConfig(
-            out, targets_per_user=1, epochs=2, accumulation=2, learning_rate=1e-3, lora_dropout=0.0
-        )
-        train_llara(*configs, train, LlaraConfig(table))
+        train_llara(ModelConfig(model, device="cpu"), prompts_of(data), config, LlaraConfig(table))
 
 
 @pytest.mark.long
-def test_two_processes_learn_what_one_does(bare, checkpoints, table, tmp_path):
-    arguments = [str(place) for place in (checkpoints["qwen2_5_vl"], bare, table)]
+def test_two_processes_learn_what_one_does(data, checkpoints, table, tmp_path):
+    arguments = [str(place) for place in (checkpoints["qwen2_5_vl"], data, table)]
     outs = [tmp_path / "1", tmp_path / "2"]
     for n, out in enumerate(outs, 1):
         assert together(n, train_in_float64, *arguments, str(out)) == [0] * n
@@ -380,30 +376,28 @@ def test_two_processes_learn_what_one_does(bare, checkpoints, table, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def held(bare):
+def held(data):
     """Catalogue, and the held-out examples of 6 users with 4 candidates each."""
-    catalog = load_catalog(bare)
-    every = heldout_examples(load_interactions(bare, catalog), "test", 2)
+    catalog = load_catalog(data, images=False)
+    every = heldout_examples(load_interactions(data, catalog), "test", 2)
     return catalog, draw_candidates(every[:6], catalog, 3, 2025)
 
 
-def scoring_builder(checkpoints, held, bare, family):
+def scoring_builder(checkpoints, held, family):
     backbone = load_backbone(str(checkpoints[family]), "float32", "cpu")
-    return PromptBuilder(backbone, held[0], {}, DataConfig(str(bare), history=2, candidates=4))
+    return PromptBuilder(backbone, held[0], {}, prompts_of(held[0].directory))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next"])
 def test_scores_are_ev_1_under_the_hybrid_prompt(
-    train, trained, checkpoints, held, bare, table, family
+    train, trained, checkpoints, held, table, family
 ):
     """Of LLaRA each row alone, unpacked; and the control's are others."""
     out = trained if family == "qwen2_5_vl" else train(family)
-    builder = scoring_builder(checkpoints, held, bare, family)
-    config = EvalConfig(out="", adapter=[])
-    scores = score_llara(builder, {"random": held[1]}, out, table, config)["random"]
+    builder = scoring_builder(checkpoints, held, family)
+    scores = score_llara(builder, {"random": held[1]}, out, table, 4, 2025)["random"]
     assert list(scores) == [LLARA, CONTROL]
 
-    builder = text_alone(builder)
     m = load_table(table, held[0])
     projector = load_projector(out, m)
     expected = []
@@ -417,12 +411,12 @@ def test_scores_are_ev_1_under_the_hybrid_prompt(
     assert np.abs(scores[CONTROL]["sum"] - scores[LLARA]["sum"]).max() > 1e-3
 
 
-def test_permuted_vectors_cost_accuracy_where_vectors_tell(checkpoints, held, bare):
+def test_permuted_vectors_cost_accuracy_where_vectors_tell(checkpoints, held):
     """A projector is trained by itself, so that all that is learnt comes through the vectors: with
     those of other items the targets are no longer found. With a projector that says nothing the
     control changes no score, so it does not always find a loss.
     """
-    builder = text_alone(scoring_builder(checkpoints, held, bare, "qwen2_5_vl"))
+    builder = scoring_builder(checkpoints, held, "qwen2_5_vl")
     backbone, examples = builder.backbone, [replace(e, history=e.history[-1:]) for e in held[1][:4]]
     m = torch.randn(len(held[0].ids), 32, generator=generator(3))
     rows = hybrid_rows(builder, examples, scoring_rows(builder, examples))
@@ -433,7 +427,7 @@ def test_permuted_vectors_cost_accuracy_where_vectors_tell(checkpoints, held, ba
     def scores(images):
         with torch.no_grad():
             vectors = item_vectors(projector, m, range(len(m)))
-        shown = evaluation.shown_pictures(vectors, EvalConfig(out="", images=images))
+        shown = evaluation.shown_pictures(vectors, images, 2025)
         found = evaluation.score(replace(builder, pictures=shown), rows, len(rows), 4)
         return torch.from_numpy(found["sum"])  # (U, C)
 
@@ -471,30 +465,31 @@ def with_nan(m):
 
 
 @pytest.mark.parametrize(("damage", "words"), [
-    (lambda f: (f / "names.json").unlink(), "--table: .*names.json: no such file.*SASRec row"),
-    (lambda f: change_names(f, items=["1", "2"]), "names.json lists 2 items, .* has 294 or others"),
+    (lambda f: (f / "names.json").unlink(), "names.json: no such file.*of a SASRec row"),
+    (lambda f: change_names(f, items=["1", "2"]), "lists 2 items, .* has 294 or others"),
     (lambda f: change_names(f, items=None), "lists no items"),
-    (lambda f: (f / "embeddings.safetensors").unlink(), "--table: .*cannot be read.*SASRec row"),
+    (lambda f: (f / "embeddings.safetensors").unlink(), "cannot be read.*SASRec row"),
     (lambda f: (f / "embeddings.safetensors").write_bytes(b"x"), "cannot be read"),
+    (lambda f: save_file({"user": torch.zeros(1)}, f / "embeddings.safetensors"), "cannot be read"),
     (lambda f: change_item(f, lambda m: m[:5]), r"item is torch.float32 \(5, 6\), expected floats"),
     (lambda f: change_item(f, torch.Tensor.long), "item is torch.int64"),
-    (lambda f: change_item(f, with_nan), "of 1 items hold NaN or infinity, the first is that of"),
+    (lambda f: change_item(f, with_nan), "NaN or infinity in the vectors of 1 items, first"),
 ])
-def test_a_bad_table_is_refused(bare, table, tmp_path, damage, words):
+def test_a_bad_table_is_refused(data, table, tmp_path, damage, words):
     folder = shutil.copytree(table, tmp_path / "table")
-    catalog = load_catalog(bare)
+    catalog = load_catalog(data)
     assert load_table(folder, catalog).shape == (294, D_TABLE)
     damage(folder)
     with pytest.raises(InputError, match=words):
         load_table(folder, catalog)
 
 
-def test_another_table_and_a_bad_projector_are_refused(trained, bare, table, tmp_path):
+def test_another_table_and_a_bad_projector_are_refused(trained, data, table, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "out")
-    m = load_table(table, load_catalog(bare))
+    m = load_table(table, load_catalog(data))
     load_projector(folder, m)
     for other in (m[:, :5], m + 1):
-        with pytest.raises(InputError, match="--table: it holds .* other than those that .*give"):
+        with pytest.raises(InputError, match="was trained with another item table than"):
             load_projector(folder, other)
     path = folder / "projector.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
@@ -505,10 +500,16 @@ def test_another_table_and_a_bad_projector_are_refused(trained, bare, table, tmp
         load_projector(folder, m)
 
 
-def test_another_task_is_refused(qwen, catalog):
-    data = DataConfig(data="", task="binary")
-    with pytest.raises(InputError, match="--task binary: expected ranking"):
-        text_alone(PromptBuilder(qwen, catalog, {}, data))
+@pytest.mark.parametrize(("options", "words"), [
+    ({"task": "binary"}, "--task binary with LLaRA: expected ranking"),
+    ({"images": "own"}, "--images own with LLaRA: expected none"),
+])
+def test_other_prompts_are_refused(options, words, tmp_path):
+    """Before anything is loaded or written."""
+    data, out = prompts_of("", **options), tmp_path / "out"
+    with pytest.raises(InputError, match=words):
+        train_llara(ModelConfig(""), data, TrainConfig(str(out)), LlaraConfig(""))
+    assert not out.exists()
 
 
 def test_a_negative_decay_is_refused():

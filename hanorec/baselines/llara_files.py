@@ -21,37 +21,34 @@ def load_table(folder: str | Path, catalog: Catalog) -> Tensor:
 
     InputError where they are missing or broken, or rank other items than those of the catalogue.
     """
-    folder = Path(folder)
-    path, wanted = folder / "embeddings.safetensors", "expected the folder of a trained SASRec row"
+    path, names = Path(folder) / "embeddings.safetensors", Path(folder) / "names.json"
+    wanted = "expected the folder of a SASRec row's vectors, for LLaRA's item table"
     try:
-        items = read_object(folder / "names.json").get("items")
+        items = read_object(names).get("items")
         with safe_open(path, "pt") as file:
             m = file.get_tensor("item")
     except InputError as error:
-        raise InputError(f"--table: {error}; {wanted}") from None
+        raise InputError(f"{error}, {wanted}") from None
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"--table: {path}: cannot be read ({error}), {wanted}; check the path"
-        ) from None
-    count = len(items) if isinstance(items, list) else "no"
+        raise InputError(f"{path}: cannot be read ({error}), {wanted}; check the path") from None
     if items != list(catalog.ids):
+        count = len(items) if isinstance(items, list) else "no"
         raise InputError(
-            f"--table: {folder / 'names.json'} lists {count} items, {catalog.directory} has "
-            f"{len(catalog.ids)} or others, expected the same in the same order; train the SASRec "
-            "row on this data"
+            f"{names}: lists {count} items, {catalog.directory} has {len(catalog.ids)} or others, "
+            "expected the same in the same order; train the SASRec row on this data"
         )
-    if m.ndim != 2 or len(m) != len(catalog.ids) or not m.is_floating_point():
+    if m.ndim != 2 or len(m) != len(items) or not m.is_floating_point():
         raise InputError(
-            f"--table: {path}: item is {m.dtype} {tuple(m.shape)}, expected floats of shape "
-            f"({len(catalog.ids)}, d); train the SASRec row again"
+            f"{path}: item is {m.dtype} {tuple(m.shape)}, expected floats of shape "
+            f"({len(items)}, d); train the SASRec row again"
         )
     broken = ~m.isfinite().all(1)  # (N,)
     if broken.any():
-        first = catalog.ids[int(broken.nonzero()[0])]
+        first = items[int(broken.nonzero()[0])]
         raise InputError(
-            f"--table: {path}: the vectors of {int(broken.sum())} items hold NaN or infinity, the "
-            f"first is that of item {first!r}, expected finite numbers; train the SASRec row again "
-            "with a lower learning rate"
+            f"{path}: NaN or infinity in the vectors of {int(broken.sum())} items, first that of "
+            f"item {first!r}, expected finite numbers; train the SASRec row again, with a lower "
+            "learning rate"
         )
     return m
 
@@ -93,8 +90,8 @@ def load_projector(folder: str | Path, m: Tensor) -> Projector:
         )
     if facts.get("table_sha256") != table_sha256(m):
         raise InputError(
-            f"--table: it holds {tuple(m.shape)} numbers other than those that {path} was trained "
-            "on, expected the same; give that table, or train LLaRA on this one"
+            f"{path}: was trained with another item table than this one of shape "
+            f"{tuple(m.shape)}, expected the same numbers; give that one, or train LLaRA on this"
         )
     weights = load(data)
     width, d = weights["W1"].shape

@@ -1,31 +1,30 @@
 """LLaRA's training loop, that of train_sft.py with a projector beside the adapter; and its scores.
 
-    train_llara(model, data, train, llara)              OUT as of train_sft.py, and the projector
-    score_llara(builder, sets, folder, table, config)   EV-1 on the frozen candidates
+What differs from the authors' code (ljy0ustc/LLaRA):
 
-What differs from the authors' code: the curriculum's step is the optimizer's, counted over the
-whole run, and one choice holds for all rows of it (there a micro-batch, counted anew in each epoch
-by each data loader, so that p hardly leaves 0); a title stands alone in the prompts without vectors
-(there an untrained placeholder follows it); one wording instead of three; candidates drawn once;
-loss on the answer with its end of turn; cosine without warm-up, and weight decay apart from the
-gradient (there Adam's); every candidate's title is scored (there the answer is generated, and often
-invalid). The authors' own settings, where they are not the defaults here: --lora-dropout 0.1,
---learning-rate 8e-4, --accumulation 32 with --micro-batch 4, --history 10, --candidates 20.
+- The curriculum counts the optimizer's steps over the whole run, and one choice holds for a step.
+  There each worker of the data loader counts micro-batches, anew in each epoch, so that p stays
+  below 1 / epochs, and each micro-batch has a choice of its own.
+- In prompts without vectors a title stands alone; there an untrained token follows it.
+- One wording instead of three; candidates are drawn once, outside all that the user had.
+- A cosine without warm-up; weight decay apart from the gradient.
+- All candidates' titles are scored, so no answer is invalid; there the answer is generated, and
+  HR@1 counts for valid ones alone.
+- The table has the width of its SASRec row, instead of 64.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from hanorec.base.batches import micro_batches
-from hanorec.base.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
+from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
 from hanorec.base.distributed import rank
 from hanorec.base.errors import InputError
-from hanorec.base.settings import check, option
+from hanorec.baselines.config_llara import LlaraConfig
 from hanorec.baselines.llara import Projector, hybrid_probability, hybrid_row, item_vectors
 from hanorec.baselines.llara_files import load_projector, load_table, save_projector, table_sha256
 from hanorec.datasets.interactions import Example
@@ -36,34 +35,25 @@ from hanorec.mllm.evaluation import score, shown_pictures, use_policy
 from hanorec.mllm.forward import forward
 from hanorec.mllm.prompts import Row
 from hanorec.mllm.tasks import load_examples, scoring_rows, sft_rows
+from hanorec.ranking.report import Scores
 from hanorec.run.run import Run
 
 LLARA, CONTROL = "LLaRA", "LLaRA, vectors permuted"
 
 
-@dataclass(frozen=True)
-class LlaraConfig:
-    """What LLaRA has beside the settings of train_sft.py."""
-
-    table: str = option(
-        help="folder of a trained SASRec row: the item table of its embeddings.safetensors",
-    )
-    projector_decay: float = option(1e-5, "authors' code: weight decay of the projector")
-
-    def __post_init__(self) -> None:
-        check(self, projector_decay=0)
-
-
 def train_llara(
     model: ModelConfig, data: DataConfig, train: TrainConfig, llara: LlaraConfig
 ) -> None:
-    """Adapter and projector on prompts that are hybrid ever more often; the table is never changed.
+    """Adapter and projector on prompts that are hybrid ever more often.
+
+    OUT receives what that of train_sft.py does, and projector.safetensors. A run that was killed
+    goes on when it is called again. InputError for data, settings or a table that do not fit.
     """
+    check_prompts(data)
     run = Run([model, data, train, llara])
     backbone = run.load_backbone()
     policy = backbone.model
     builder, examples = load_examples(backbone, data, train)
-    builder = text_alone(builder)
     table = load_table(llara.table, builder.catalog)  # (N, d)
     text = sft_rows(builder, examples, train.seed)
     hybrid = hybrid_rows(builder, examples, text)
@@ -114,45 +104,45 @@ def score_llara(
     sets: Mapping[str, Sequence[Example]],
     folder: str | Path,
     table: str | Path,
-    config: EvalConfig,
-) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """EV-1 under hybrid prompts: set -> policy -> {"sum": (U, C), "mean": (U, C)}.
+    batch: int,
+    seed: int,
+) -> dict[str, Scores]:
+    """EV-1 under hybrid prompts, set -> `Scores`, of two policies.
 
-    The policies are LLaRA, and the control that gives each item another one's vector.
+    They are LLaRA, and the control in which each item has another one's vector.
 
     Args:
         builder: of the held-out data.
         sets: as `hanorec.ranking.candidate_sets.frozen_sets` gives them.
-        folder: of `train_llara`. table: that it was trained with.
-        config: whose `batch` and `seed` are used.
+        folder: of `train_llara`. table: the folder that it was trained with.
+        batch: prompts in one forward. seed: of the control's exchange.
     """
-    builder = text_alone(builder)
-    table = load_table(table, builder.catalog)  # (N, d)
+    check_prompts(builder.config)
+    m = load_table(table, builder.catalog)  # (N, d)
     use_policy(builder.backbone, str(folder))
-    projector = load_projector(folder, table)
+    projector = load_projector(folder, m)
     with torch.no_grad():
-        vectors = item_vectors(projector, table.to(projector.W1), range(len(table)))
-    others = shown_pictures(vectors, replace(config, images="shuffled"))
+        vectors = item_vectors(projector, m.to(projector.W1), range(len(m)))
+    others = shown_pictures(vectors, "shuffled", seed)
 
-    scores: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    scores = {}
     for kind, examples in sets.items():
         rows = hybrid_rows(builder, examples, scoring_rows(builder, examples))
         scores[kind] = {}
         for policy, pictures in {LLARA: vectors, CONTROL: others}.items():
             shown = replace(builder, pictures=pictures)
-            scores[kind][policy] = score(shown, rows, len(examples), config.batch)
+            scores[kind][policy] = score(shown, rows, len(examples), batch)
     return scores
 
 
-def text_alone(builder: PromptBuilder) -> PromptBuilder:
-    """The builder without images. InputError where its task is not the ranking one."""
-    if builder.config.task != "ranking":
-        raise InputError(
-            f"--task {builder.config.task}: expected ranking, the one task that LLaRA has; leave "
-            "it out"
-        )
-    catalog = replace(builder.catalog, images=(None,) * len(builder.catalog.images))
-    return replace(builder, catalog=catalog, pictures={})
+def check_prompts(data: DataConfig) -> None:
+    """InputError where these are not LLaRA's: the ranking task, without images."""
+    for name, wanted in [("task", "ranking"), ("images", "none")]:
+        if getattr(data, name) != wanted:
+            raise InputError(
+                f"--{name} {getattr(data, name)} with LLaRA: expected {wanted}; its prompts list "
+                "titles and vectors of the candidates"
+            )
 
 
 def hybrid_rows(

@@ -12,7 +12,7 @@ from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
 from hanorec.base.files import read_object
 from hanorec.base.settings import check, option, parse
 from hanorec.baselines import llara_training, mllm_msr, picking, sprec
-from hanorec.baselines.llara_training import LlaraConfig
+from hanorec.baselines.config_llara import LlaraConfig
 from hanorec.baselines.msr_texts import generated
 from hanorec.baselines.msr_words import extractive
 from hanorec.datasets.interactions import Example
