@@ -106,10 +106,11 @@ def score_llara(
     table: str | Path,
     batch: int,
     seed: int,
+    policies: Sequence[str] = (LLARA, CONTROL),
 ) -> dict[str, Scores]:
-    """EV-1 under hybrid prompts, set -> `Scores`, of two policies.
+    """EV-1 under hybrid prompts, set -> `Scores`.
 
-    They are LLaRA, and the control in which each item has another one's vector.
+    The policies are LLaRA, and the control in which each item has another one's vector.
 
     Args:
         builder: of the held-out data.
@@ -123,14 +124,14 @@ def score_llara(
     projector = load_projector(folder, m)
     with torch.no_grad():
         vectors = item_vectors(projector, m.to(projector.W1), range(len(m)))
-    others = shown_pictures(vectors, "shuffled", seed)
+    pictures = {LLARA: vectors, CONTROL: shown_pictures(vectors, "shuffled", seed)}
 
     scores = {}
     for kind, examples in sets.items():
         rows = hybrid_rows(builder, examples, scoring_rows(builder, examples))
         scores[kind] = {}
-        for policy, pictures in {LLARA: vectors, CONTROL: others}.items():
-            shown = replace(builder, pictures=pictures)
+        for policy in policies:
+            shown = replace(builder, pictures=pictures[policy])
             scores[kind][policy] = score(shown, rows, len(examples), batch)
     return scores
 

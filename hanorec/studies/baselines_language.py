@@ -102,8 +102,8 @@ def score_llara(job: Job, policy: str) -> None:
     builder = load_builder(asked)
     folder = job.trained or job.below
     table = read_object(folder / "run.json")["settings"]["table"]
-    batch, seed = asked.config.batch, asked.config.seed
-    found = llara_training.score_llara(builder, asked.sets, folder, table, batch, seed)
+    how = asked.config.batch, asked.config.seed, [policy]
+    found = llara_training.score_llara(builder, asked.sets, folder, table, *how)
     scores = {kind: of_set[policy]["sum"] for kind, of_set in found.items()}
     write_report(job, asked, scores, builder)
 
