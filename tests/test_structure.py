@@ -51,6 +51,7 @@ FLOORS = [
     ["hanorec/ranking"],
     ["hanorec/brmrs"],
     ["hanorec/run"],
+    ["hanorec/baselines"],
     ["hanorec/studies", "hanorec/demo.py", "hanorec/export.py", "hanorec/check.py"],
     ["."],
 ]

@@ -1,0 +1,1 @@
+"""The systems that HaNoRec is compared with. MSRBench: msrbench.py."""
