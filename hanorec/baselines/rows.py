@@ -143,6 +143,10 @@ ROWS = {
         "MLLM", "base", test=("--history", "10"),
         said="nothing is trained; titles are scored instead of a list being written; an image an "
         "item instead of one joined picture; which strategy the document ran is not stated"),
+    "MSRBench S3": Baseline(
+        "MLLM", "reranked", test=("--history", "10"), below="SASRec (CE)",
+        said="as S1, the candidates in the order of the row SASRec (CE), which is to be read "
+        "beside it"),
     **msr("generated", ONE_BASE, published=(51.10, 57.54, 50.31)),
     **msr(
         "extractive", "ours, for bases that cannot write: images and users are described by words "

@@ -1,4 +1,5 @@
-"""Rows of the comparison that a language model makes, and no script alone: SPRec, LLaRA, MLLM-MSR.
+"""Rows of the comparison that a language model makes, and no script alone: SPRec, LLaRA, MSRBench
+S3, MLLM-MSR.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from hanorec import export
 from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
 from hanorec.base.files import read_object
 from hanorec.base.settings import check, option, parse
-from hanorec.baselines import llara_training, mllm_msr, picking, sprec
+from hanorec.baselines import llara_training, mllm_msr, msrbench, picking, sprec
 from hanorec.baselines.config_llara import LlaraConfig
 from hanorec.baselines.msr_texts import generated
 from hanorec.baselines.msr_words import extractive
@@ -105,6 +106,19 @@ def score_llara(job: Job, policy: str) -> None:
     how = asked.config.batch, asked.config.seed, [policy]
     found = llara_training.score_llara(builder, asked.sets, folder, table, *how)
     scores = {kind: of_set[policy]["sum"] for kind, of_set in found.items()}
+    write_report(job, asked, scores, builder)
+
+
+# ---- MSRBench ----
+
+
+def score_reranked(job: Job) -> None:
+    """S3: the bare model, the candidates in the order of the row below."""
+    asked, scores = load_asked(job.test), {}
+    builder = load_builder(asked)
+    for kind, examples in asked.sets.items():
+        order = msrbench.stored_scores(job.beside, kind, examples, asked.held.catalog.ids)
+        scores[kind] = msrbench.rerank(builder, examples, order, asked.config.batch)["sum"]
     write_report(job, asked, scores, builder)
 
 

@@ -84,6 +84,7 @@ MAKERS = {
     "sprec": Maker(
         language.score_sprec, "sprec", language.SPREC, language.train_sprec, first=sprec.ROUND,
         below=("--sft", "")),
+    "reranked": Maker(language.score_reranked),
     "msr": Maker(
         partial(language.score_msr, shown="own"), "sft", language.MSR, language.train_msr,
         keeps="--texts"),

@@ -146,8 +146,10 @@ class Comparison:
             maker.train(self.training(name, number, seed), out, training)
             facts = read_object(out / "run.json")
         report = self.folder(name, seed, number, where)
-        below = None if row.below is None else self.folder(row.below, seed)
-        job = Job(name, out if row.grid else None, below, test, report)
+        below = beside = None
+        if row.below:
+            below, beside = self.folder(row.below, seed), self.folder(row.below, seed, None, where)
+        job = Job(name, out if row.grid else None, below, beside, test, report)
         if not is_evaluated(report):
             timed(scoring / "scoring.json", lambda: maker.score(job))
         known = settings(EVALUATION, test)

@@ -30,7 +30,8 @@ class Job(NamedTuple):
     """One row to be scored.
 
     Attributes:
-        trained: its folder. below: that of the row that it stands on.
+        trained: its folder. below: that of the row that it stands on. beside: that one's report
+            on the same candidates.
         test: evaluate.py's flags, but for the policy and the report's folder.
         report: where metrics.json and run.json go.
     """
@@ -38,6 +39,7 @@ class Job(NamedTuple):
     name: str
     trained: Path | None
     below: Path | None
+    beside: Path | None
     test: list[str]
     report: Path
 
