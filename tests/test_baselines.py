@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import toy
 
 from hanorec.base.errors import InputError
 from hanorec.baselines.rows import CONTROL, ROWS, TRIALS, Trial
@@ -13,7 +14,7 @@ from hanorec.studies import baselines, baselines_runs, tables
 from hanorec.studies.baselines_makers import MAKERS
 from hanorec.studies.runs import folder_name
 
-QUICK = "--epochs 2 --dim 8"
+QUICK = "--epochs 2 --dim 8 --device cpu"
 NAMES = ["popularity", "BPR-MF", "GRU4Rec, L = 5"]
 
 
@@ -174,6 +175,58 @@ def test_validation_has_a_table_of_its_own(small):
     assert "flatter" not in (out / "table-test.md").read_text()
 
 
+# ---- with a checkpoint ----
+
+
+def with_model(argv, checkpoints):
+    """The command with the tiny checkpoint, and flags that keep its rows short."""
+    training = " ".join([*toy.SHORT, *toy.STEPS])
+    return [
+        *argv, "--model", str(checkpoints["qwen2_5_vl"]), "--sft", training, "--dpo", training,
+        "--sprec", f"{training} --rounds 1", "--seeds", "1", "--trials", "1",
+    ]
+
+
+def test_a_checkpoint_brings_the_control_to_which_all_are_held(
+    world, checkpoints, tmp_path, monkeypatch
+):
+    """The row that was finished without it is not made again."""
+    out, test = tmp_path / "out", " ".join([*toy.SHORT, "--sets matched"])
+    argv = command(world, out, "--test", test, rows=["BPR-MF"])
+    baselines.main([*argv, "--seeds", "1", "--trials", "1"])
+    assert "against_control" not in results(out)["sets"]["matched"]["rows"]["BPR-MF"]
+    fail = MAKERS["matrix"]._replace(score=lambda job: pytest.fail(f"{job.name} again"))
+    monkeypatch.setitem(MAKERS, "matrix", fail)
+    baselines.main(with_model(argv, checkpoints))
+    found = results(out)
+    assert list(found["rows"]) == ["popularity", "BPR-MF", "SFT", CONTROL]
+    rows = found["sets"]["matched"]["rows"]
+    own, control = (rows[name]["values"]["NDCG@3"][0] for name in ("BPR-MF", CONTROL))
+    assert rows["BPR-MF"]["against_control"]["difference"] == pytest.approx(own - control)
+    assert "against_control" not in rows[CONTROL]
+    text = (out / "table-test.md").read_text()
+    assert text.count("56.73, 61.91, 54.03") == 1
+
+
+@pytest.mark.long
+def test_all_rows(world, checkpoints, tmp_path):
+    out, test = tmp_path / "out", " ".join([*toy.SHORT, "--neighbors 20"])
+    argv = command(world, out, "--test", test, rows=list(ROWS))
+    baselines.main(with_model(argv, checkpoints))
+    found = results(out)
+    assert list(found["sets"]) == ["random", "hard", "matched"]
+    for one in found["sets"].values():
+        assert list(one["rows"]) == ["chance", *ROWS]
+        for name, row in one["rows"].items():
+            assert ("against_control" in row) == (name not in ("chance", CONTROL))
+    for name, row in found["rows"].items():
+        assert (row["training_pairs"] is None) == (not ROWS[name].grid), name
+        assert bool(row["full_ranking"]) == MAKERS[ROWS[name].maker].ranks_all, name
+    before = (out / "table-test.md").read_text()
+    baselines.main(with_model(argv, checkpoints))
+    assert (out / "table-test.md").read_text() == before
+
+
 # ---- bad input ----
 
 
@@ -219,7 +272,7 @@ def test_candidates_of_other_data_are_refused(small, world, tmp_path):
 def test_other_settings_or_other_candidates_than_those_of_finished_rows_are_refused(small):
     out, argv = small
     with pytest.raises(InputError, match="holds a run with epochs = 2, this command has 3"):
-        baselines.main([*argv, "--matrix", "--epochs 3 --dim 8"])
+        baselines.main([*argv, "--matrix", "--epochs 3 --dim 8 --device cpu"])
     with pytest.raises(InputError, match="holds a run with batch = 4, this command has 3"):
         baselines.main([*argv, "--test", "--sets random --batch 3"])
     path = next((out / "seed-2026" / "test" / "BPR-MF").glob("*/run.json"))
