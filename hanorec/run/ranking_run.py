@@ -48,7 +48,7 @@ class RankingRun:
     ) -> Iterator[int]:
         """The epochs still to be done, see `Epochs.still_to_do`.
 
-        model: its `propagate` gives the `Embeddings` of `hanorec.ranking.full_ranking`.
+        model: its method propagate gives the `Embeddings` of `hanorec.ranking.full_ranking`.
         """
         self.model = model
         self.weights = list(model.parameters())
