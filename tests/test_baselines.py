@@ -275,6 +275,12 @@ def test_other_settings_or_other_candidates_than_those_of_finished_rows_are_refu
         baselines.main([*argv, "--matrix", "--epochs 3 --dim 8 --device cpu"])
     with pytest.raises(InputError, match="holds a run with batch = 4, this command has 3"):
         baselines.main([*argv, "--test", "--sets random --batch 3"])
+    path = next((out / "seed-2026" / "BPR-MF").glob("*/run.json"))
+    before = path.read_text()
+    path.write_text(before.replace(json.loads(before)["inputs"]["data"], "0" * 64))
+    with pytest.raises(InputError, match="expected 0000.* as for its training: the data folder"):
+        baselines.main(argv)
+    path.write_text(before)
     path = next((out / "seed-2026" / "test" / "BPR-MF").glob("*/run.json"))
     before = path.read_text()
     path.write_text(before.replace(json.loads(before)["inputs"]["candidates_random"], "0" * 64))
