@@ -18,9 +18,10 @@ ROOT = Path(__file__).parent.parent
 IDS = [
     "SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)),
     *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7)),
+    "SAS-1", "SAS-2", "SAS-3", "GR-1", "CA-1", "BE-1", *(f"CL-{n}" for n in range(1, 6)),
 ]
 # Of a formula over several lines the first one alone has the tag.
-TAG = re.compile(r"#\s*((?:SFT|DPO|HN|EV|BR)-\d+):")
+TAG = re.compile(r"#\s*([A-Z]+-\d+):")
 READING = re.compile(
     r"^\| `(?P<table>[A-Z]+)\[\"(?P<name>\w+)\"\]` \| `--(?P<flag>\w+) (?P<value>\w+)` "
     r"\| `(?P<function>[\w.]+)` \| (?P<source>\w+) \| `(?P<test>[\w/.:]+)` \|$",
@@ -62,7 +63,7 @@ def symbol_of(entry: str) -> object:
 
 def symbol(name: str) -> object:
     """What a dotted name stands for."""
-    head, tail = re.match(r"(hanorec(?:\.[a-z_]+)+)\.(.+)", name).groups()
+    head, tail = re.match(r"(hanorec(?:\.[a-z0-9_]+)+)\.(.+)", name).groups()
     found = importlib.import_module(head)
     for part in tail.split("."):
         found = getattr(found, part)
@@ -118,7 +119,7 @@ def test_each_tag_stands_once_in_the_package_and_has_an_entry():
 def test_each_entry_has_a_formula_and_a_source(equation):
     entry = entries()[equation]
     assert re.search(r"^\$\$.+\$\$$", entry, re.MULTILINE)
-    assert re.search(r"^- Document: .+", entry, re.MULTILINE)
+    assert re.search(r"^- (Document|Source): .+", entry, re.MULTILINE)
 
 
 @pytest.mark.parametrize("equation", IDS)

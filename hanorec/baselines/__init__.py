@@ -1,5 +1,5 @@
 """The systems that HaNoRec is compared with.
 
-Equations: `attention.py` the blocks of SASRec, `sequential.py` SASRec and the losses of sequences,
-`encoders.py` GRU4Rec, Caser and BERT4Rec, `cl4srec.py` CL4SRec.
+Equations of those that read a user's items in their order: `hanorec.baselines.attention`,
+`hanorec.baselines.sequential`, `hanorec.baselines.encoders`, `hanorec.baselines.cl4srec`.
 """

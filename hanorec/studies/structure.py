@@ -30,6 +30,7 @@ FLOORS = [
     ("ranking", ["hanorec/ranking"], "ranking the whole catalogue, and reranking"),
     ("brmrs", ["hanorec/brmrs"], "the model of BR-MRS"),
     ("run", ["hanorec/run"], "a training run: folder, log, checkpoints, reference"),
+    ("baselines", ["hanorec/baselines"], "the systems that HaNoRec is compared with"),
     (
         "studies",
         ["hanorec/studies", "hanorec/demo.py", "hanorec/export.py", "hanorec/check.py"],
