@@ -22,6 +22,7 @@ IDS = [
     *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7)),
     "SP-1", "SP-2", "MR-1", "MR-2", *(f"LL-{n}" for n in range(1, 4)),
     "TR-1", "MS-1", "MS-2",
+    "SAS-1", "SAS-2", "SAS-3", "GR-1", "CA-1", "BE-1", *(f"CL-{n}" for n in range(1, 6)),
 ]
 # Of a formula over several lines the first one alone has the tag.
 TAG = re.compile(r"#\s*([A-Z]+-\d+):")
@@ -66,7 +67,7 @@ def symbol_of(entry: str) -> object:
 
 def symbol(name: str) -> object:
     """What a dotted name stands for."""
-    head, tail = re.match(r"(hanorec(?:\.[a-z_]+)+)\.(.+)", name).groups()
+    head, tail = re.match(r"(hanorec(?:\.[a-z0-9_]+)+)\.(.+)", name).groups()
     found = importlib.import_module(head)
     for part in tail.split("."):
         found = getattr(found, part)
