@@ -1,8 +1,9 @@
 """The systems that HaNoRec is compared with.
 
-Equations: `matrix.py` BPR-MF and LightGCN, `sequential.py` SASRec and the losses of sequences,
-`attention.py` its blocks, `encoders.py` GRU4Rec, Caser and BERT4Rec, `cl4srec.py` CL4SRec. Their
-scores are inner products. `config.py` has their settings, `matrix_training.py` and
-`sequence_training.py` a loop each, `vector_run.py` what stands around these, `vectors.py` what is
-asked of a trained one.
+Equations of those whose scores are inner products: `hanorec.baselines.matrix`, and of those that
+read a user's items in their order: `hanorec.baselines.attention`, `hanorec.baselines.sequential`,
+`hanorec.baselines.encoders`, `hanorec.baselines.cl4srec`. Of both kinds: their settings,
+`hanorec.baselines.config`; a loop each, `hanorec.baselines.matrix_training` and
+`hanorec.baselines.sequence_training`; what stands around it, `hanorec.baselines.vector_run`; what a
+trained one is asked for, `hanorec.baselines.vectors`.
 """
