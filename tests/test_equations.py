@@ -13,6 +13,7 @@ import pytest
 from hanorec import readings
 from hanorec.base import config
 from hanorec.base.config_brmrs import BrmrsConfig
+from hanorec.baselines.config import MatrixConfig, SequenceConfig
 from hanorec.baselines.config_llara import LlaraConfig
 from hanorec.baselines.picking import PickConfig
 
@@ -20,10 +21,13 @@ ROOT = Path(__file__).parent.parent
 IDS = [
     "SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)),
     *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7)),
-    "SP-1", "SP-2", "MR-1", "MR-2", *(f"LL-{n}" for n in range(1, 4)),
-    "TR-1", "MS-1", "MS-2",
-    "SAS-1", "SAS-2", "SAS-3", "GR-1", "CA-1", "BE-1", *(f"CL-{n}" for n in range(1, 6)),
+    "LG-1", "LG-2", "SAS-1", "SAS-2", "SAS-3", "GR-1", "CA-1", "BE-1",
+    *(f"CL-{n}" for n in range(1, 6)), *(f"LL-{n}" for n in range(1, 4)),
+    "TR-1", "SP-1", "SP-2", "MS-1", "MS-2", "MR-1", "MR-2",
 ]
+# Of the equations of other methods than HaNoRec's.
+OWN_SETTINGS = {"BR": BrmrsConfig, "LG": MatrixConfig}
+OWN_SETTINGS |= dict.fromkeys(["SAS", "GR", "CA", "BE", "CL"], SequenceConfig)
 # Of a formula over several lines the first one alone has the tag.
 TAG = re.compile(r"#\s*([A-Z]+-\d+):")
 READING = re.compile(
@@ -141,7 +145,8 @@ def test_each_option_named_is_a_setting(equation):
     """
     kinds = [config.ModelConfig, config.DataConfig, config.TrainConfig, config.DpoConfig]
     kinds += [config.EvalConfig, PickConfig, LlaraConfig]
-    known = settings(*([BrmrsConfig] if equation.startswith("BR") else kinds))
+    own = OWN_SETTINGS.get(equation.partition("-")[0])
+    known = settings(*([own] if own else kinds))
     for flag, values in options(entries()[equation]):
         assert flag in known, flag
         allowed = getattr(known[flag].type, "__args__", ())

@@ -44,6 +44,9 @@ SAMPLER, ATTENTION = "hanorec/ranking/sampler.py", "hanorec/baselines/attention.
 SEQUENTIAL = "hanorec/baselines/sequential.py"
 # Those of the baselines, which stand on their own floor.
 OF_BASELINES = {
+    "hanorec/baselines/matrix.py": {
+        "torch", "hanorec/brmrs/graph.py", "hanorec/brmrs/losses.py"
+    },
     ATTENTION: {"torch", ERRORS},
     SEQUENTIAL: {"torch", ERRORS, SAMPLER, ATTENTION},
     "hanorec/baselines/encoders.py": {"torch", ERRORS, SAMPLER, ATTENTION, SEQUENTIAL},
