@@ -367,7 +367,7 @@ def test_accumulation_does_not_matter(launch, sft, main, flags):
         launch(main, *common, "--micro-batch", m, "--accumulation", 14 // m, float64=True)
         for m in (7, 14)
     ]
-    assert toy.furthest(one, two) < 1e-10
+    assert toy.furthest(one, two) < 1e-9  # see test_reference.SAME
     for a, b in zip(log, other, strict=True):
         for key, value in a.items():
             assert (value or 0) == pytest.approx(b[key] or 0, rel=0, abs=DIGITS)  # kl may be None
