@@ -13,14 +13,18 @@ import pytest
 from hanorec import readings
 from hanorec.base import config
 from hanorec.base.config_brmrs import BrmrsConfig
+from hanorec.baselines.config_llara import LlaraConfig
+from hanorec.baselines.picking import PickConfig
 
 ROOT = Path(__file__).parent.parent
 IDS = [
     "SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)),
     *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7)),
+    "SP-1", "SP-2", "MR-1", "MR-2", *(f"LL-{n}" for n in range(1, 4)),
+    "TR-1", "MS-1", "MS-2",
 ]
 # Of a formula over several lines the first one alone has the tag.
-TAG = re.compile(r"#\s*((?:SFT|DPO|HN|EV|BR)-\d+):")
+TAG = re.compile(r"#\s*([A-Z]+-\d+):")
 READING = re.compile(
     r"^\| `(?P<table>[A-Z]+)\[\"(?P<name>\w+)\"\]` \| `--(?P<flag>\w+) (?P<value>\w+)` "
     r"\| `(?P<function>[\w.]+)` \| (?P<source>\w+) \| `(?P<test>[\w/.:]+)` \|$",
@@ -118,7 +122,7 @@ def test_each_tag_stands_once_in_the_package_and_has_an_entry():
 def test_each_entry_has_a_formula_and_a_source(equation):
     entry = entries()[equation]
     assert re.search(r"^\$\$.+\$\$$", entry, re.MULTILINE)
-    assert re.search(r"^- Document: .+", entry, re.MULTILINE)
+    assert re.search(r"^- (Document|Source): .+", entry, re.MULTILINE)
 
 
 @pytest.mark.parametrize("equation", IDS)
@@ -135,7 +139,7 @@ def test_each_option_named_is_a_setting(equation):
     field takes.
     """
     kinds = [config.ModelConfig, config.DataConfig, config.TrainConfig, config.DpoConfig]
-    kinds.append(config.EvalConfig)
+    kinds += [config.EvalConfig, PickConfig, LlaraConfig]
     known = settings(*([BrmrsConfig] if equation.startswith("BR") else kinds))
     for flag, values in options(entries()[equation]):
         assert flag in known, flag

@@ -6,7 +6,7 @@ That is the document, the authors' release, or ours. The settings of BR-MRS: con
 from dataclasses import dataclass
 from typing import Literal
 
-from hanorec.base.errors import InputError
+from hanorec.base.errors import InputError, shown
 from hanorec.base.settings import TINY, check, option
 
 
@@ -49,6 +49,11 @@ class DataConfig:
         "past items the prompt shows",
     )
     candidates: int = option(10, "document: items to choose from, the chosen one and 9 negatives")
+    images: Literal["own", "none", "shuffled"] = option(
+        "own",
+        "document: each item's image; none (ours): titles alone, no image file is looked at; "
+        "shuffled (ours, evaluation): another item's, to see what images are worth",
+    )
     candidate_images: Literal["on", "off"] = option(
         "on",
         "document: images of the candidates; off (authors' release) spares their tokens",
@@ -65,7 +70,8 @@ class DataConfig:
     )
     neighbors: int = option(
         50,
-        "ours: hard negatives are drawn from so many nearest items of the positive",
+        "ours: hard negatives are drawn from so many nearest items of the positive, matched ones "
+        "from so many next to it on either side by popularity",
     )
     users_from: float = option(
         0.0,
@@ -144,6 +150,8 @@ class TrainConfig:
 # sigma_n; the document says 0.05 to 0.1
 PRESETS = {"microlens": 0.05, "netflix": 0.1, "movielens": 0.1}
 
+NEGATIVES = ("random", "same", "chns")  # how the rejected item is drawn, if no file says it
+
 
 @dataclass(frozen=True)
 class DpoConfig:
@@ -153,10 +161,11 @@ class DpoConfig:
         "full",
         "document, ablation table; dpo = w/o ALL",
     )
-    negatives: Literal["random", "same", "chns"] = option(
+    negatives: str = option(
         "random",
         "document; the rejected item is a random negative of the prompt, the one nearest to "
-        "the chosen item, or (chns) nearest in one modality",
+        "the chosen item (same), or nearest in one modality (chns); or it is read from a file of "
+        "picks (FILE.json), one a prompt",
     )
     rejected: int = option(
         1,
@@ -220,6 +229,18 @@ class DpoConfig:
 
     def __post_init__(self) -> None:
         check(self, rejected=1, beta0=TINY, k=1, sigma=0, kl_coef=0, trim=TINY)
+        if self.negatives in NEGATIVES:
+            return
+        if not self.negatives.endswith(".json"):
+            raise InputError(
+                f"--negatives {shown(self.negatives)}: expected {', '.join(NEGATIVES)}, or a file "
+                "of picks that ends in .json"
+            )
+        if self.rejected > 1:
+            raise InputError(
+                f"--rejected {self.rejected} with --negatives {shown(self.negatives)}: expected 1, "
+                "since a file of picks has one for each prompt"
+            )
 
     @property
     def hars(self) -> bool:
@@ -260,10 +281,10 @@ class EvalConfig:
         action="extend",
     )
     split: Literal["test", "val"] = option("test", "test for reports, val for choosing settings")
-    sets: Literal["both", "random", "hard"] = option("both", "candidate sets")
-    images: Literal["own", "shuffled"] = option(
-        "own",
-        "shuffled (ours): give each item another one's image, to see what images are worth",
+    sets: Literal["both", "random", "hard", "matched", "all"] = option(
+        "both",
+        "candidate sets: random (document); hard (ours): near the positive; matched (ours): about "
+        "as popular as the positive; both = random and hard",
     )
     batch: int = option(4, "users in one forward")
     seed: int = option(2025, "seed of the candidate sets and of the intervals")
@@ -273,8 +294,9 @@ class EvalConfig:
     )
     retriever: str | None = option(
         None,
-        "finished --out folder of train_brmrs.py: rerank what it retrieves from the whole "
-        "catalogue, instead of candidate sets",
+        "finished --out folder of train_brmrs.py, or the folder of the split in that of a "
+        "recommender of hanorec.baselines: rerank what it retrieves from the whole catalogue, "
+        "instead of candidate sets",
     )
     top_n: int = option(20, "ours: N, how many items are retrieved")
     user: str | None = option(None, "print a ranked list for this user instead of metrics")

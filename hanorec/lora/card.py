@@ -58,7 +58,9 @@ one adapter of all, which computes the same:
 """
 
 # of hanorec.json's prompt
-PROMPT_FLAGS = ("task", "history", "candidate_images", "max_title_tokens", "max_pixels")
+PROMPT_FLAGS = (
+    "task", "history", "images", "candidate_images", "max_title_tokens", "max_pixels",
+)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 

@@ -75,7 +75,7 @@ class Backbone:
     @cached_property
     def turn(self) -> Turn:
         """What the chat template writes around a question and its answer, as `read_turn` says."""
-        return read_turn(self.path, self.tokenizer, self.template, self._text(self.image_token))
+        return read_turn(self.path, self.tokenizer, self.template, self.vector_text)
 
     @cached_property
     def markers(self) -> dict[int, str]:
@@ -104,6 +104,11 @@ class Backbone:
         """
         start, end = self.around_image()
         return "".join(map(self._text, (*start, self.image_token, *end)))
+
+    @cached_property
+    def vector_text(self) -> str:
+        """What stands in it for a vector that is no image: the placeholder alone."""
+        return self._text(self.image_token)
 
     def _text(self, token: int) -> str:
         return self.tokenizer.convert_ids_to_tokens(token)
@@ -147,11 +152,12 @@ def image_features(backbone: Backbone, images: list[Image]) -> list[ImageFeature
 def prompt_positions(backbone: Backbone, ids: list[int], grids: list[Tensor | None]) -> Tensor:
     """Positions of a prompt without padding, S tokens whose images have these grids.
 
-    (3, S) for Qwen: time, height, width. (1, S) for LLaVA-NeXT.
+    (3, S) for Qwen: time, height, width. (1, S) for LLaVA-NeXT. What has no grid is counted as text
+    is; in one prompt all images of Qwen have one, or none has.
     """
     if backbone.family == "llava_next":
         return torch.arange(len(ids)).expand(1, -1)
-    if not grids:
+    if all(grid is None for grid in grids):
         return torch.arange(len(ids)).expand(3, -1)
     row = torch.tensor([ids])
     is_image = (row == backbone.image_token).int()

@@ -184,10 +184,13 @@ def prompt_ids(
             continue
         for item in group:
             images.append(item)
-            pieces[-1] += backbone.image_text
+            # Around what has no grid stands nothing: LLaVA-NeXT's images, and vectors of no image.
+            without = pictures[item].grid is None
+            pieces[-1] += backbone.vector_text if without else backbone.image_text
     pieces[-1] += turn.after
     short = _tokens(backbone, pieces, turn.add_tokens)  # with one token an image
-    of_images = len(images) * (1 + sum(map(len, backbone.around_image())))
+    grids = sum(pictures[item].grid is not None for item in images)
+    of_images = len(images) + grids * sum(map(len, backbone.around_image()))
     markers = _count_markers(backbone, turn.prompt) + of_images
     _check_markers(backbone, short, markers, f"user {name}")
     ids, numbers = [], iter(images)

@@ -3,13 +3,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from hanorec.base.config import DataConfig, TrainConfig
+from hanorec.base.config import NEGATIVES, DataConfig, TrainConfig
 from hanorec.base.errors import InputError
 from hanorec.datasets.candidates import draw_candidates, draw_hard_candidates, near_count
 from hanorec.datasets.catalog import Catalog, load_catalog
@@ -20,6 +21,7 @@ from hanorec.datasets.interactions import (
     select_users,
     training_examples,
 )
+from hanorec.datasets.picks import load_picks
 from hanorec.hars import fuse
 from hanorec.mllm import prompts
 from hanorec.mllm.backbone import Backbone, ImageFeatures
@@ -35,7 +37,7 @@ def load_examples(
     backbone: Backbone, data: DataConfig, config: TrainConfig
 ) -> tuple[PromptBuilder, list[Example]]:
     """The training examples with their candidates, and the pictures."""
-    catalog = load_catalog(data.data)
+    catalog = load_catalog(data.data, images=data.images != "none")
     interactions = load_interactions(data.data, catalog)
     users = select_users(interactions.train, data.users_from, data.users_to, data.users_seed)
     examples = training_examples(interactions, config.targets_per_user, data.history, users)
@@ -45,7 +47,7 @@ def load_examples(
             f"{without} of {len(users)} users have a single training item, so they give no example"
         )
     check_some(data.data, examples, users)
-    print_missing_images(catalog)
+    print_missing_images(catalog, data)
     negatives = data.candidates - 1
     builder = PromptBuilder(backbone, catalog, {}, data)
     if config.draw == "random":
@@ -80,10 +82,11 @@ def load_pictures(
     return stored_pictures(backbone, catalog, data.features or data.data)
 
 
-def print_missing_images(catalog: Catalog) -> None:
-    """Items without an image are prompted by title alone; say how many there are."""
+def print_missing_images(catalog: Catalog, data: DataConfig) -> None:
+    """Items without an image are prompted by title alone; say how many there are, unless --images
+    says it of all."""
     missing = sum(path is None for path in catalog.images)
-    if missing:
+    if missing and data.images != "none":
         print(
             f"{missing} of {len(catalog.ids)} items of {catalog.name} have no image: prompts show "
             "their titles alone"
@@ -147,6 +150,17 @@ def views(builder: PromptBuilder, kind: str) -> list[Tensor]:
     return [F.normalize(H, dim=1), F.normalize(X, dim=1)]
 
 
+def rejected_items(
+    builder: PromptBuilder, examples: Sequence[Example], seed: int, count: int, kind: str
+) -> list[list[int]]:
+    """`count` rejected items for each example: drawn as `views` knows the kind, or one that a file
+    of picks names, see `load_picks`."""
+    if kind not in NEGATIVES:
+        return [[pick] for pick in load_picks(Path(kind), examples, builder.catalog)]
+    near = views(builder, kind)
+    return [negatives_of(example, seed, count, near) for example in examples]
+
+
 # ---- the rows of each stage ----
 
 
@@ -184,7 +198,7 @@ def preferences(
     """ranking: the target's title against those of `count` negatives. binary: Yes against No on the
     target, No against Yes on one.
 
-    kind: which negatives, see `views`. Raises InputError where two titles are equal: their
+    kind: which negatives, see `rejected_items`. Raises InputError where two titles are equal: their
     log-probabilities always are, so nothing can be learnt; and for the binary task with a count
     above 1.
     """
@@ -193,9 +207,9 @@ def preferences(
             f"--rejected {count} with --task binary: expected 1, since the only other answer is "
             "No; use --task ranking"
         )
-    found, near = [], views(builder, kind)
-    for example in tqdm(examples, desc="prompts", disable=None, leave=False):
-        chosen, rejected = example.target, negatives_of(example, seed, count, near)
+    found, items = [], rejected_items(builder, examples, seed, count, kind)
+    for i, example in enumerate(tqdm(examples, desc="prompts", disable=None, leave=False)):
+        chosen, rejected = example.target, items[i]
         if builder.config.task == "ranking":
             check_titles(builder.catalog, example, rejected)
             rows = [builder.ranking_row(example, [chosen, *rejected])]

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hanorec.base.config import EvalConfig
+from hanorec.base.config import NEGATIVES, EvalConfig
 from hanorec.base.errors import InputError
-from hanorec.base.files import sha256
+from hanorec.base.files import read_object, sha256
 from hanorec.datasets.catalog import data_hash
 from hanorec.lora.folder import adapter_config, check_adapter
 from hanorec.lora.stack import base_fingerprint, checkpoint_fingerprint
@@ -24,24 +24,32 @@ from hanorec.run.reference import read_reference
 
 
 def check_training(configs: Sequence[Any]) -> None:
-    """InputError where --sft is no adapter, or --reference no file of reference log-probabilities.
+    """InputError where --sft is no adapter, --reference no file of reference log-probabilities,
+    --negatives no file that can be read, or --images is for evaluation alone.
 
     configs: of a training script, of which some have these settings.
     """
     for config in configs:
+        if getattr(config, "images", "own") == "shuffled":
+            raise InputError(
+                "--images shuffled: expected own or none in training, since each item's wrong "
+                "image would become its name; give it to evaluate.py"
+            )
         if getattr(config, "sft", None) is not None:
             check_named_adapter("--sft", config.sft)
         if getattr(config, "reference", "once") != "once":
             read_reference(Path(config.reference))
+        if getattr(config, "negatives", "random") not in NEGATIVES:
+            read_object(Path(config.negatives))
 
 
 def check_evaluation(config: EvalConfig) -> None:
-    """InputError where an --adapter is none, or --retriever no finished folder."""
+    """InputError where an --adapter is none, or --retriever no folder for this split."""
     for policy in config.adapter:
         if policy != "base":
             check_named_adapter("--adapter", policy)
     if config.retriever is not None:
-        check_retriever(config.retriever)
+        check_retriever(config.retriever, config.split)
 
 
 def check_named_adapter(flag: str, folder: str) -> None:
@@ -76,7 +84,7 @@ def training_inputs(
         "adapter": sft and sha256(Path(sft) / "adapter_model.safetensors"),
         "adapter_stack": sft and _stack_sha256(Path(sft)),
         "data": data_hash(builder.catalog),
-        **_seen(builder),
+        **seen_inputs(builder),
         "stands_on": base_fingerprint(builder.backbone.model),
         "prompts": _prompts_sha256(rows),
     }
@@ -87,10 +95,10 @@ def evaluation_inputs(
 ) -> dict[str, str]:
     """Hashes of what was evaluated on what."""
     policies = config.adapter or ["base"]
-    return input_hashes(held, builder.config, config, policies) | _seen(builder)
+    return input_hashes(held, builder.config, config, policies) | seen_inputs(builder)
 
 
-def _seen(builder: PromptBuilder) -> dict[str, str]:
+def seen_inputs(builder: PromptBuilder) -> dict[str, str]:
     """Of the base and of what it is shown, beside titles and interactions."""
     backbone = builder.backbone
     processor = backbone.image_processor
