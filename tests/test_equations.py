@@ -21,7 +21,7 @@ IDS = [
     "SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)),
     *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7)),
     "SP-1", "SP-2", "MR-1", "MR-2", *(f"LL-{n}" for n in range(1, 4)),
-    "TR-1", "MS-1", "MS-2",
+    "TR-1", "MS-1", "MS-2", "RC-1",
 ]
 # Of a formula over several lines the first one alone has the tag.
 TAG = re.compile(r"#\s*([A-Z]+-\d+):")

@@ -55,6 +55,7 @@ FLOORS = [
     ["hanorec/brmrs"],
     ["hanorec/run"],
     ["hanorec/baselines"],
+    ["hanorec/recommending", "hanorec/recommend.py"],
     ["hanorec/studies", *COMMANDS, "hanorec/export.py", "hanorec/check.py"],
     ["."],
 ]
