@@ -68,6 +68,7 @@ def trained(ring, tmp_path_factory):
         if method not in found:
             out = tmp_path_factory.mktemp(method) / "out"
             argv = ["--data", ring, "--out", out, "--device", "cpu", "--dim", 8, "--epochs", 3]
+            argv += ["--learning-rate", 0.02]
             if method == "lightgcn":
                 matrix_training.main(words(*argv, "--layers", 2))
             else:
@@ -187,16 +188,17 @@ def test_a_stopped_run_goes_on_to_the_same_file(both, tmp_path, monkeypatch):
 
 
 def smaller_blocks():
-    output.BLOCK = 5
+    output.BLOCK = 2
 
 
-def test_two_processes_write_the_same_file(both, everybody, tmp_path):
-    argv = [*both, "--users", "all", "--out", str(tmp_path / "two.tsv")]
-    assert together(2, run_script, "hanorec.recommend", argv, smaller_blocks) == [0, 0]
-    one, two = rows_of(everybody), rows_of(tmp_path / "two.tsv")
-    assert list(one) == list(two)
-    for user in one:  # blocks of other sizes may round otherwise, and nothing else
-        assert [row["item"] for row in one[user]] == [row["item"] for row in two[user]]
+def test_two_processes_write_what_one_does(both, everybody, tmp_path):
+    """Byte by byte: three blocks of two users, so that the last round has one block for two."""
+    (tmp_path / "six").write_text("\n".join(list(rows_of(everybody))[:6]) + "\n")
+    argv = [*both, "--users", str(tmp_path / "six"), "--out"]
+    for n in (1, 2):
+        out = str(tmp_path / f"{n}.tsv")
+        assert together(n, run_script, "hanorec.recommend", [*argv, out], smaller_blocks) == [0] * n
+    assert (tmp_path / "1.tsv").read_bytes() == (tmp_path / "2.tsv").read_bytes()
 
 
 def test_the_plain_path_gives_the_same(both, everybody, tmp_path):
@@ -217,7 +219,8 @@ def test_the_plain_path_gives_the_same(both, everybody, tmp_path):
 
 def test_the_five_lines_of_the_readme(data, checkpoints, sft, brmrs, both, capsys):
     """They run, and say what the command says."""
-    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     assert len(block.split("\n\n")) == 2 and len(block.splitlines()) == 5
     ids = load_catalog(data).ids
     named = {
@@ -227,7 +230,7 @@ def test_the_five_lines_of_the_readme(data, checkpoints, sft, brmrs, both, capsy
     for name, own in named.items():
         assert block.count(f'"{name}"') == 1
         block = block.replace(f'"{name}"', f'"{own}"')
-    exec(block, {})
+    exec(block, {})  # noqa: S102  the page's own text
     printed = capsys.readouterr().out.splitlines()[-5:]
     recommend.main([
         *both, "--history", f"{ids[3]} {ids[8]} {ids[20]}", "--top-n", "10", "--top-k", "5",
@@ -293,7 +296,7 @@ def test_content_retrieves_items_that_nobody_has_had(data, brmrs, cold):
 
 @pytest.mark.parametrize("method", ["sasrec", "gru4rec", "bert4rec", "cl4srec", "caser"])
 def test_a_sequence_model_retrieves_from_the_whole_history(ring, trained, method):
-    """The state of the second test item, from all before it, is the one that the run has written."""
+    """The state of the second test item, from all before it, is the one that the run wrote."""
     out = trained(method)
     made, stored = Recommender(None, str(ring), None, str(out)), load_retriever(out / "test")
     people, rows = [], []
@@ -305,7 +308,7 @@ def test_a_sequence_model_retrieves_from_the_whole_history(ring, trained, method
     assert len(people) == 18
     assert torch.allclose(made.source.states(people), stored.user[rows], atol=1e-5)
     later = [person._replace(history=had_by(made, person.name)) for person in people]
-    assert not torch.allclose(made.source.states(later), stored.user[rows], atol=1e-2)
+    assert not torch.allclose(made.source.states(later), stored.user[rows], atol=1e-3)
 
 
 def test_matrix_models_fold_in_whom_they_do_not_know(ring, trained):
@@ -454,10 +457,10 @@ def test_a_retriever_of_other_data(data, ring, trained, tmp_path):
 
 
 def test_more_data_than_the_retriever_was_trained_on(ring, trained, tmp_path):
-    """The day after: a user has had more since, which is left out and changes a sequence's state."""
+    """The day after: a user has had one more item since, which is left out."""
     later = shutil.copytree(ring, tmp_path / "later")
     text = (later / "test.tsv").read_text()
-    (later / "test.tsv").write_text(re.sub(r"^(u0\t.*)$", r"\1 i33", text, flags=re.M))
+    (later / "test.tsv").write_text(re.sub(r"^(u0\t.*)$", r"\1 i33", text, flags=re.MULTILINE))
     for method in ("sasrec", "lightgcn"):
         before, after = (
             Recommender(None, str(folder), None, str(trained(method))).for_user("u0", 29)
@@ -484,6 +487,15 @@ def test_an_adapter_of_another_base(data, checkpoints, make, sft, brmrs):
         Recommender(str(other), str(data), str(sft), str(brmrs), device="cpu").for_user("3")
     with pytest.raises(InputError, match="--adapter: .*no adapter|adapter_config"):
         Recommender(str(other), str(data), str(brmrs), str(brmrs))
+
+
+def test_scores_that_are_no_numbers_are_not_shown(ring, trained):
+    for method in ("sasrec", "lightgcn"):
+        made = Recommender(None, str(ring), None, str(trained(method)))
+        made.source.item = made.source.item.clone()
+        made.source.item[39] = torch.nan
+        with pytest.raises(InputError, match="user 'u0': scores that are not finite"):
+            made.for_user("u0", 2)
 
 
 # ---- evaluate.py --user ----

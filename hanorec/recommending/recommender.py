@@ -57,8 +57,8 @@ class Recommender:
         model: base checkpoint; None = the retriever's own order. data: folder in the native layout.
         adapter, retriever, settings: as in `ListConfig`.
     Raises:
-        InputError: what `ListConfig` refuses, a retriever of other data; and, when the
-            policy is first asked for, an adapter of another base.
+        InputError: what `ListConfig` refuses, a retriever of other data; and, when the policy is
+            first asked for, an adapter of another base.
     """
 
     def __init__(
@@ -109,7 +109,12 @@ class Recommender:
         if self.builder is not None:
             found = self._reordered(people, found)
         lists = []
-        for rows, scores, places in found:
+        for person, (rows, scores, places) in zip(people, found, strict=True):
+            if not np.isfinite(scores).all():
+                raise InputError(
+                    f"user {shown(person.name)}: scores that are not finite, expected numbers; use "
+                    "--dtype float32, or look at the weights of model, adapter and retriever"
+                )
             own = []
             for rank, (row, score, place) in enumerate(zip(rows, scores, places, strict=True), 1):
                 item, title = self.catalog.ids[row], self.catalog.titles[row]
@@ -165,6 +170,7 @@ class Recommender:
         """The retriever's best of the catalogue, or of `--candidates`."""
         n = self.config.top_n if self.builder is not None else k
         scores = self.source.states(people) @ self.source.item.T  # (b, N)
+        scores = scores.nan_to_num(torch.inf, torch.inf, torch.inf)  # refused where it is shown
         if self.pool is not None:
             outside = torch.ones(scores.shape[1], dtype=torch.bool)
             outside[list(self.pool)] = False
