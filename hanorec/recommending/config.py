@@ -78,7 +78,7 @@ class PeopleConfig:
 
     users: str | None = option(
         None,
-        "all = everybody in train.tsv; the name of one of them; or a file with a user a line, "
+        "all = everybody in train.tsv; the name of one of them; or else a file with a user a line, "
         "where a line user<TAB>id id id is somebody who is not in the data",
     )
     history: str | None = option(
