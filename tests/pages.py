@@ -35,6 +35,7 @@ BLOCK = re.compile(r"^```\n(.*?)^```$|^    (\S[^\n]*\n)", re.MULTILINE | re.DOTA
 PATH = re.compile(
     r"(?<![\w/.-])(?:(?:docs|tests|benchmarks|hanorec)/[\w./*-]+|\w+\.py\b)(?:::\w+)?"
 )
+OF_A_LANGUAGE = re.compile(r"^```\w+\n.*?^```$", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"(?<![\w/.-])hanorec(?:\.\w+)+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 MOST_TO_READ = 700
@@ -46,11 +47,11 @@ def spans(text):
 
 
 def in_blocks(text):
-    """The commands of the code blocks, comments left out and continued lines joined.
+    """The commands of the code blocks of no language, comments left out, continued lines joined.
 
     The path of a reader, files with arrows between them, is none: see `wrong_reading`.
     """
-    code = "".join(a or b for a, b in BLOCK.findall(text))
+    code = "".join(a or b for a, b in BLOCK.findall(OF_A_LANGUAGE.sub("", text)))
     code = re.sub(r"[ \t]#.*", "", code)
     code = re.sub(r"(?: \\)?\n[ \t]+| \\\n", " ", code)
     lines = " && ".join(code.splitlines()).split("&&")

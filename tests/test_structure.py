@@ -68,6 +68,7 @@ FLOORS = [
     ["hanorec/brmrs"],
     ["hanorec/run"],
     ["hanorec/baselines"],
+    ["hanorec/recommending", "hanorec/recommend.py"],
     ["hanorec/studies", *COMMANDS, "hanorec/export.py", "hanorec/check.py"],
     ["."],
 ]

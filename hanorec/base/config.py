@@ -299,7 +299,11 @@ class EvalConfig:
         "instead of candidate sets",
     )
     top_n: int = option(20, "ours: N, how many items are retrieved")
-    user: str | None = option(None, "print a ranked list for this user instead of metrics")
+    user: str | None = option(
+        None,
+        "print, instead of metrics, a ranked list of this user's candidates for each held-out "
+        "item; `python -m hanorec.recommend` recommends from all that a user has had",
+    )
     top_k: int = option(3, "length of that list")
     shard: bool = option(
         False,

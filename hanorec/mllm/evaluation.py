@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hanorec.base.config import EvalConfig
 from hanorec.base.errors import InputError
@@ -45,13 +46,18 @@ def score(
     """
     plain = builder.config.plain
     sums, means = score_rows(builder.backbone, rows, builder.pictures, batch, "users", plain)
-    found = {}
-    for kind, log_probs in {"sum": sums, "mean": means}.items():  # (rows, A) each
-        if builder.config.task == "binary":
-            # TR-1: s = \log\pi(\text{Yes} \mid x) - \log\pi(\text{No} \mid x)
-            log_probs = log_probs[:, 0] - log_probs[:, 1]  # (U C,): A = Yes, No
-        found[kind] = log_probs.double().numpy().reshape(users, -1)
-    return found
+    return {
+        "sum": candidate_scores(builder, sums, users),
+        "mean": candidate_scores(builder, means, users),
+    }
+
+
+def candidate_scores(builder: PromptBuilder, log_probs: Tensor, users: int) -> np.ndarray:
+    """(U, C) float64 of the answers' log-probabilities (rows, A), see `scoring_rows`."""
+    if builder.config.task == "binary":
+        # TR-1: s = \log\pi(\text{Yes} \mid x) - \log\pi(\text{No} \mid x)
+        log_probs = log_probs[:, 0] - log_probs[:, 1]  # (U C,): A = Yes, No
+    return log_probs.double().numpy().reshape(users, -1)
 
 
 def shown_pictures(
@@ -74,7 +80,7 @@ def shown_pictures(
 def recommend(
     builder: PromptBuilder, examples: Iterable[Example], policies: Sequence[str], config: EvalConfig
 ) -> list[dict[str, Any]]:
-    """The Top-K titles of one user for each policy, of the candidates of its examples.
+    """The Top-K titles of one user for each policy, of the candidates of its held-out examples.
 
     They are printed and returned.
     """
@@ -85,6 +91,11 @@ def recommend(
                 f"--top-k {config.top_k}: user {config.user!r} has {len(example.candidates)} "
                 "candidates; choose 1 .. that many"
             )
+        print(
+            f"{len(example.candidates)} candidates for a held-out item of the {config.split} "
+            "split, from what came before it; to recommend from all that a user has had: python -m "
+            "hanorec.recommend"
+        )
         history = [builder.catalog.titles[row] for row in example.history]
         print(f"user {config.user}, history: " + " | ".join(history))
         rows = scoring_rows(builder, [example])

@@ -174,9 +174,16 @@ def input_hashes(
         files["retriever"] = Path(config.retriever) / "embeddings.safetensors"
         files["retriever_names"] = Path(config.retriever) / "names.json"
     for policy in policies:
-        name, folder = policy, Path(policy)
-        while policy != "base" and folder.exists():  # and what it stands on
-            files[name] = folder / "adapter_model.safetensors"
-            name, folder = f"{name}/below", folder / "below"
+        files |= policy_files(policy)
     hashes = {name: sha256(path) for name, path in files.items()}
     return {"data": data_hash(held.catalog), **hashes}
+
+
+def policy_files(policy: str) -> dict[str, Path]:
+    """Name -> file of weights, of a policy's adapters; the bare base has none."""
+    files = {}
+    name, folder = policy, Path(policy)
+    while policy != "base" and folder.exists():  # and what it stands on
+        files[name] = folder / "adapter_model.safetensors"
+        name, folder = f"{name}/below", folder / "below"
+    return files

@@ -32,6 +32,11 @@ FLOORS = [
     ("run", ["hanorec/run"], "a training run: folder, log, checkpoints, reference"),
     ("baselines", ["hanorec/baselines"], "the systems that HaNoRec is compared with"),
     (
+        "recommend",
+        ["hanorec/recommending", "hanorec/recommend.py"],
+        "lists of recommendations, as a command and from Python",
+    ),
+    (
         "studies",
         ["hanorec/studies", "hanorec/demo.py", "hanorec/export.py", "hanorec/check.py",
          "hanorec/baselines/__main__.py"],
