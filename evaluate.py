@@ -7,10 +7,10 @@
     python evaluate.py ... --out OUT --retriever BRMRS --top-n 20
         rerank what train_brmrs.py's model retrieves
 
-Every --adapter is one policy, with what it stands on; `--adapter base` is the bare model. Two
-candidate sets, drawn once, kept in the data folder and the same for every model: `random` (unseen
-items) and `hard` (unseen items near the positive). The first policy is compared with each other
-one, user by user. Started by torchrun, several processes divide the users; the files are the same.
+Every --adapter is one policy, with what it stands on; `--adapter base` is the bare model. The
+candidate sets of --sets are drawn once, kept in the data folder and the same for every model. The
+first policy is compared with each other one, user by user. Started by torchrun, several processes
+divide the users; the files are the same.
 """
 
 import time
@@ -21,7 +21,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from hanorec.base import command
@@ -35,14 +34,12 @@ from hanorec.mllm import evaluation, tasks
 from hanorec.mllm.backbone import ImageFeatures
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.load import load_backbone
-from hanorec.ranking.candidate_sets import HeldOut, frozen_sets, held_out
-from hanorec.ranking.report import by_id, chance, paired_tests, popularity, print_set, summarise
+from hanorec.ranking.candidate_sets import frozen_sets, held_out
+from hanorec.ranking.report import Scores, compare_sets
 from hanorec.ranking.reranking import rerank
 from hanorec.ranking.retriever import retrieved
 from hanorec.run.inputs import check_evaluation, evaluation_inputs
 from hanorec.run.record import close_run, compare_settings, prompt_settings
-
-Scores = Mapping[str, Mapping[str, np.ndarray]]  # policy -> {"sum": (U, C), "mean": (U, C)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # neighbourhoods.
     backbone = load_backbone(model.model, model.dtype, model.device, model.max_pixels, config.shard)
     held = held_out(data, config)
-    tasks.print_missing_images(held.catalog)
+    tasks.print_missing_images(held.catalog, data)
 
     @cache
     def pictures() -> dict[int, ImageFeatures]:
@@ -78,11 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Which candidates: frozen sets, or what the retriever finds in the whole catalogue.
     if config.retriever is None:
-        sets = frozen_sets(held, data, config, near, f"input embeddings of {backbone.path}")
+        embedding = f"input embeddings of {'titles, ' * (data.images == 'none')}{backbone.path}"
+        sets = frozen_sets(held, data, config, near, embedding)
     else:
         examples, places, retrieval = retrieved(held, config)
         sets = {"retrieved": examples}
-    shown = evaluation.shown_pictures(pictures(), config)
+    shown = evaluation.shown_pictures(pictures(), data.images, config.seed)
     builder = PromptBuilder(backbone, held.catalog, shown, data)
 
     # What each policy makes of them: a list for one user, a reranking, or metrics on each set.
@@ -100,10 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             evaluation.check_images(builder)
         prompt = prompt_settings(model, data, backbone)
         scores, _ = score_all(builder, sets, policies, config.batch, prompt)
-        report["sets"] = {}
-        for kind, examples in sets.items():
-            report["sets"][kind] = compare(examples, scores[kind], held, config.seed)
-            print_set(kind, report["sets"][kind])
+        report["sets"] = compare_sets(sets, scores, held, config.seed)
         if config.similarity:
             report["similarity"] = evaluation.similarity(builder, policies)
 
@@ -135,24 +130,6 @@ def score_all(
             scores[kind][policy] = evaluation.score(builder, rows[kind], len(examples), batch)
         seconds[policy] = time.perf_counter() - start
     return scores, seconds
-
-
-def compare(
-    examples: Sequence[Example], scores: Scores, held: HeldOut, seed: int
-) -> dict[str, Any]:
-    """The report of one candidate set: metrics of every policy, what they stand beside, tests."""
-    results = {policy: summarise(of["sum"], examples, seed) for policy, of in scores.items()}
-    means = {policy: summarise(of["mean"], examples, seed) for policy, of in scores.items()}
-    popular = popularity(held.interactions.train, examples)
-    return {
-        "users": by_id(examples, held.catalog.ids),
-        "policies": results,
-        "policies_mean_score": means,
-        "popularity": summarise(popular, examples, seed),
-        "chance": chance(len(examples[0].candidates)),
-        "paired": paired_tests(results, seed),
-        "scores": {policy: of["sum"].tolist() for policy, of in scores.items()},
-    }
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from hanorec.base.batches import micro_batches
 from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
 from hanorec.base.settings import parse
 from hanorec.losses import sft_loss
+from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.forward import forward
+from hanorec.mllm.prompts import Row
 from hanorec.mllm.tasks import load_examples, sft_rows
 from hanorec.run.run import Run
 
@@ -24,9 +26,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, data, train = configs = parse([ModelConfig, DataConfig, TrainConfig], argv, __doc__)
     run = Run(configs)
     backbone = run.load_backbone()
-    policy = backbone.model
     builder, examples = load_examples(backbone, data, train)
-    rows = sft_rows(builder, examples, train.seed)
+    fit(run, builder, sft_rows(builder, examples, train.seed))
+
+
+def fit(run: Run, builder: PromptBuilder, rows: Sequence[Row]) -> None:
+    """SFT-1 on these rows, each with one answer: from a fresh adapter to a finished one in OUT."""
+    backbone, train = builder.backbone, run.train
+    policy = backbone.model
     plan = run.plan(rows, backbone)
 
     trained = run.trainable_adapter(backbone)

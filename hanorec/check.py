@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--task", choices=["ranking", "binary"], default=DataConfig.task)
     group.add_argument("--history", type=int, metavar="N", default=DataConfig.history)
     group.add_argument("--candidates", type=int, metavar="N", default=DataConfig.candidates)
+    group.add_argument("--images", choices=["own", "none"], default=DataConfig.images)
     group.add_argument(
         "--candidate-images", choices=["on", "off"], default=DataConfig.candidate_images)
     group.add_argument("--max-title-tokens", type=int, metavar="N")
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    names = ("task", "history", "candidates", "candidate_images", "max_title_tokens")
+    names = ("task", "history", "candidates", "images", "candidate_images", "max_title_tokens")
     config = DataConfig(str(args.data), **{name: getattr(args, name) for name in names})
     if not args.data.is_dir():
         raise InputError(f"{args.data}: not a folder; check the path")
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         backbone = load_outline(args.model, args.max_pixels)
 
     findings = Findings()
-    catalog = inspection.inspect_items(args.data, findings)
+    catalog = inspection.inspect_items(args.data, findings, args.images != "none")
     if catalog is None:
         print("without titles nothing else can be looked at")
     else:
@@ -85,9 +86,9 @@ def inspect(
     findings: Findings,
 ) -> None:
     """All that can be looked at once the items are known. backbone: without weights, or None."""
-    sizes = inspection.inspect_images(catalog, findings)
+    sizes = inspection.inspect_images(catalog, findings)  # of none with --images none
     data = inspection.inspect_users(catalog, findings)
-    print_folder(catalog, data)
+    print_folder(catalog, data, config)
     examples = inspection.inspect_examples(
         catalog, data, args.targets_per_user, config.history, findings
     )
@@ -111,11 +112,13 @@ def inspect(
 # ---- what is printed ----
 
 
-def print_folder(catalog: Catalog, data: Interactions) -> None:
+def print_folder(catalog: Catalog, data: Interactions, config: DataConfig) -> None:
     """What the folder holds, as far as it could be read."""
-    images = sum(path is not None for path in catalog.images)
+    images = f"{sum(path is not None for path in catalog.images)} with an image"
+    if config.images == "none":
+        images = "their images not looked at"
     print(
-        f"{catalog.directory}: {catalog.name}, {len(catalog.ids)} items, {images} with an image; "
+        f"{catalog.directory}: {catalog.name}, {len(catalog.ids)} items, {images}; "
         f"users: {len(data.train)} in train.tsv, {len(data.val)} in val.tsv, {len(data.test)} in "
         "test.tsv"
     )

@@ -290,13 +290,17 @@ def test_an_untouched_world_goes_on(world):
 
 def test_a_run_of_an_earlier_version_goes_on(world, capsys):
     """Its run.json states three inputs. That the others cannot be compared is said; the three are.
+    It knew no --images, and showed each item's own.
     """
     here, argv = world
     path = here / "out" / "run.json"
     run = json.loads(path.read_text())
     assert set(NEWER) < run["inputs"].keys()
     run["inputs"] = {name: run["inputs"][name] for name in ("stands_on", "adapter", "data")}
+    del run["settings"]["images"]
     path.write_text(json.dumps(run))
+    with pytest.raises(InputError, match="with images = 'own', this command has 'none'"):
+        train_sft.main([*argv, "--images", "none"])
     title = (here / "data" / "Posterland_titles.csv").read_text()
     another_title(here)
     with pytest.raises(InputError, match="started with data of hash"):

@@ -17,13 +17,16 @@ import toy
 import train_dpo
 import train_sft
 from hanorec.base.command import run
+from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
 from hanorec.base.errors import InputError
 from hanorec.base.files import sha256
+from hanorec.base.settings import parse
 from hanorec.lora.files import save_adapter
 from hanorec.lora.layer import add_lora, lora_layers
 from hanorec.lora.loading import attach_policy
 from hanorec.mllm.load import load_backbone
-from hanorec.mllm.tasks import negatives_of, preferences, sft_rows
+from hanorec.mllm.tasks import load_examples, negatives_of, preferences, sft_rows
+from hanorec.run.run import Run
 
 SFT_KEYS = {"step", "epoch", "loss", "gradient_norm", "learning_rate"}
 DPO_KEYS = SFT_KEYS | {
@@ -93,6 +96,26 @@ def test_sft_learns_a_tiny_set(launch, data, checkpoints):
             len(row.answers[0]) for row in rows
         )
     assert loss < log[-1]["loss"] + 1e-3
+
+
+def test_sft_on_rows_that_the_caller_made(data, checkpoints, tmp_path):
+    """fit knows no task: No on every target, in one step; the first loss is the model's own."""
+    argv = ["--model", checkpoints["qwen2_5_vl"], "--data", data, "--out", tmp_path / "out"]
+    argv += [*toy.SHORT, *toy.STEPS, "--micro-batch", 5, "--lora-dropout", 0]
+    configs = parse([ModelConfig, DataConfig, TrainConfig], [str(word) for word in argv])
+    fitted = Run(configs)
+    backbone = fitted.load_backbone()
+    builder, examples = load_examples(backbone, *configs[1:])
+    rows = [builder.binary_row(example, example.target, ["No"]) for example in examples[:5]]
+    with torch.no_grad():
+        total = toy.log_probs(backbone, rows, builder.pictures).sum().item()
+    train_sft.fit(fitted, builder, rows)
+
+    (line,) = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    tokens = sum(row.answer_tokens for row in rows)
+    assert json.loads(line)["loss"] == pytest.approx(-total / tokens, abs=1e-5)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["rows"] == 5
+    assert toy.adapter(tmp_path / "out")
 
 
 def test_sft_continued_stands_on_the_first(launch, sft):

@@ -44,6 +44,11 @@ class DataConfig:
     )
     history: int = option(5, "authors' release: how many past items the prompt shows")
     candidates: int = option(10, "document: items to choose from, the chosen one and 9 negatives")
+    images: Literal["own", "none", "shuffled"] = option(
+        "own",
+        "document: each item's image; none (ours): titles alone, no image file is looked at; "
+        "shuffled (ours, evaluation): another item's, to see what images are worth",
+    )
     candidate_images: Literal["on", "off"] = option(
         "on",
         "document: images of the candidates; off spares their tokens",
@@ -60,7 +65,8 @@ class DataConfig:
     )
     neighbors: int = option(
         50,
-        "ours: hard negatives are drawn from so many nearest items of the positive",
+        "ours: hard negatives are drawn from so many nearest items of the positive, matched ones "
+        "from so many next to it on either side by popularity",
     )
     users_from: float = option(
         0.0,
@@ -251,10 +257,10 @@ class EvalConfig:
         action="extend",
     )
     split: Literal["test", "val"] = option("test", "test for reports, val for choosing settings")
-    sets: Literal["both", "random", "hard"] = option("both", "candidate sets")
-    images: Literal["own", "shuffled"] = option(
-        "own",
-        "shuffled (ours): give each item another one's image, to see what images are worth",
+    sets: Literal["both", "random", "hard", "matched", "all"] = option(
+        "both",
+        "candidate sets: random (document); hard (ours): near the positive; matched (ours): about "
+        "as popular as the positive; both = random and hard",
     )
     batch: int = option(4, "users in one forward")
     seed: int = option(2025, "seed of the candidate sets and of the intervals")

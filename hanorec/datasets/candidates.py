@@ -1,7 +1,7 @@
 """Candidate sets: 1 positive and n negatives, drawn once with a seed, the same for every model.
 
-A set never holds an item that the user has had (`Example.seen`), nor two items with one title. How
-the sets are frozen in a file: see frozen.py.
+A set never holds an item that the user has had (`Example.seen`), nor two items with one title. Sets
+that match the target's popularity: matched.py. How sets are frozen in a file: frozen.py.
 """
 
 import hashlib
@@ -28,23 +28,23 @@ def draw_candidates(
     depends on (seed, user, target, number of seen items) and the catalogue alone: a subset of the
     examples gets the same sets. InputError: too few unseen items.
     """
-    _check_negatives(negatives)
+    check_negatives(negatives)
     n_items = len(catalog.ids)
     rows = list(catalog.row.values())
     result = []
     for example, seen in with_seen(examples):
-        rng = _generator(seed, example, seen, catalog)
+        rng = generator_of(seed, example, seen, catalog)
         taken: list[int] = []
         used = {catalog.titles[example.target]}
 
         # rejection first: it costs nothing in a large catalogue
         draws = rng.integers(n_items, size=4 * negatives + 16)
-        _take(draws.tolist(), taken, used, negatives, seen, catalog.titles)
+        take(draws.tolist(), taken, used, negatives, seen, catalog.titles)
 
         # a small pool: go on through all of it in random order, which is uniform too
         if len(taken) < negatives:
             pool = [row for row in range(n_items) if row not in seen]
-            _take(rng.permutation(pool).tolist(), taken, used, negatives, seen, catalog.titles)
+            take(rng.permutation(pool).tolist(), taken, used, negatives, seen, catalog.titles)
 
         if len(taken) < negatives:
             raise InputError(
@@ -52,7 +52,7 @@ def draw_candidates(
                 f"{negatives} negatives wanted; use fewer negatives (--candidates) or add items to "
                 f"the titles file"
             )
-        result.append(_shuffled(rng, example, taken, rows))
+        result.append(shuffled(rng, example, taken, rows))
     return result
 
 
@@ -70,17 +70,17 @@ def draw_hard_candidates(
 
     neighbors: (N, M) int, row i = the items nearest to i. InputError: too few of them are left.
     """
-    _check_negatives(negatives)
+    check_negatives(negatives)
     neighbors = np.asarray(neighbors)
     _check_neighbors(neighbors, len(catalog.ids))
     rows = list(catalog.row.values())
     result = []
     for example, seen in with_seen(examples):
-        rng = _generator(seed, example, seen, catalog)
+        rng = generator_of(seed, example, seen, catalog)
         taken: list[int] = []
         used = {catalog.titles[example.target]}
         near = rng.permutation(neighbors[example.target])
-        _take(near.tolist(), taken, used, negatives, seen, catalog.titles)
+        take(near.tolist(), taken, used, negatives, seen, catalog.titles)
         if len(taken) < negatives:
             raise InputError(
                 f"item {catalog.ids[example.target]!r}: "
@@ -89,7 +89,7 @@ def draw_hard_candidates(
                 f"{negatives} negatives wanted; raise --neighbors or use fewer negatives "
                 f"(--candidates)"
             )
-        result.append(_shuffled(rng, example, taken, rows))
+        result.append(shuffled(rng, example, taken, rows))
     return result
 
 
@@ -103,7 +103,8 @@ def near_count(wanted: int, catalog: Catalog) -> int:
     return min(wanted, others)
 
 
-def _check_negatives(negatives: int) -> None:
+def check_negatives(negatives: int) -> None:
+    """InputError where a set would have none."""
     if negatives < 1:
         raise InputError(f"negatives is {negatives}; expected at least 1")
 
@@ -120,7 +121,7 @@ def _check_neighbors(neighbors: np.ndarray, n: int) -> None:
         )
 
 
-def _generator(
+def generator_of(
     seed: int, example: Example, seen: frozenset[int], catalog: Catalog
 ) -> np.random.Generator:
     """A generator of the example's own: a subset of the users gets the same sets as all of them."""
@@ -129,7 +130,7 @@ def _generator(
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
-def _take(
+def take(
     rows: Iterable[int],
     taken: list[int],
     used: set[str],
@@ -150,7 +151,7 @@ def _take(
             used.add(titles[row])
 
 
-def _shuffled(
+def shuffled(
     rng: np.random.Generator, example: Example, taken: list[int], rows: list[int]
 ) -> Example:
     """The example with its target and the rows `taken` as candidates, in random order.

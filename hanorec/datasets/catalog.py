@@ -49,20 +49,26 @@ class Catalog:
 
 
 def load_catalog(
-    directory: Path, fault: Fault = refuse, ignored: Ignored = say_ignored
+    directory: Path,
+    fault: Fault = refuse,
+    ignored: Ignored = say_ignored,
+    images: bool = True,
 ) -> Catalog:
     """Read the items of a native dataset. InputError names the file and the line.
 
-    fault, ignored: what becomes of a fault, and of image files that are ignored.
+    Args:
+        fault, ignored: what becomes of a fault, and of image files that are ignored.
+        images: False = no item has one, and images/ is not looked at.
     """
     directory = Path(directory)
     path = only_file(directory, "*_titles.csv")
     titles = _read_titles(path, fault)
-    found = find_images(directory / "images", titles, fault, ignored)
-    images = tuple(found.get(item) for item in titles)
+    found = find_images(directory / "images", titles, fault, ignored) if images else {}
+    paths = tuple(found.get(item) for item in titles)
     name = path.name.removesuffix("_titles.csv")
-    name, covers = _facts(directory / "dataset.json", name, bool(found), fault)
-    return Catalog(directory, name, tuple(titles), tuple(titles.values()), images, covers)
+    any_image = bool(found) if images else None
+    name, covers = _facts(directory / "dataset.json", name, any_image, fault)
+    return Catalog(directory, name, tuple(titles), tuple(titles.values()), paths, covers)
 
 
 def _read_titles(path: Path, fault: Fault) -> dict[str, str]:
@@ -168,10 +174,10 @@ def _id_and_title(
     return item, one_spelling(title.strip())
 
 
-def _facts(path: Path, name: str, any_image: bool, fault: Fault) -> tuple[str, str]:
+def _facts(path: Path, name: str, any_image: bool | None, fault: Fault) -> tuple[str, str]:
     """Name and covers as dataset.json states them, checked against what is on disk.
 
-    name: what it is without that file.
+    name: what it is without that file. any_image: None where nobody has looked.
     """
     covers = "real" if any_image else "none"
     facts = _read_facts(path, fault)
@@ -189,7 +195,7 @@ def _facts(path: Path, name: str, any_image: bool, fault: Fault) -> tuple[str, s
             f"{path}: covers is {shown(covers)}; "
             f"expected one of {', '.join(COVERS)}, so mend dataset.json"
         ))
-    elif any_image != (covers != "none"):
+    elif any_image is not None and any_image != (covers != "none"):
         state = "holds images of these items" if any_image else "holds no image of these items"
         fault(InputError(
             f"{path}: covers is {covers!r}, but images/ {state}; mend dataset.json or the folder"

@@ -51,19 +51,22 @@ class Findings:
 # ---- items ----
 
 
-def inspect_items(directory: Path, findings: Findings) -> Catalog | None:
-    """The items, as far as they can be read; None where there is no file of titles to read."""
+def inspect_items(directory: Path, findings: Findings, images: bool = True) -> Catalog | None:
+    """The items, as far as they can be read; None where there is no file of titles to read.
+
+    images: False = images/ is not looked at.
+    """
 
     def ignored(folder: Path, names: Sequence[str], why: str) -> None:
         findings.note(f"files in images/ are ignored, {why}", map(shown, names))
 
     try:
-        catalog = load_catalog(directory, findings.error, ignored)
+        catalog = load_catalog(directory, findings.error, ignored, images)
     except InputError as error:
         findings.error(error)
         return None
 
-    bare = [row for row, path in enumerate(catalog.images) if path is None]
+    bare = [row for row, path in enumerate(catalog.images) if images and path is None]
     findings.note(
         "items without an image, whose titles stand alone in prompts; expected images/<id> with "
         f"one of {', '.join(IMAGE_SUFFIXES)}",

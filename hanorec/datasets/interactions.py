@@ -8,7 +8,8 @@ header. A user's whole sequence is train + val + test. Two rules keep the future
   train + val + test (test).
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,6 +191,14 @@ def with_seen(examples: Iterable[Example]) -> Iterator[tuple[Example, frozenset[
         if example.seen is not last:
             last, seen = example.seen, frozenset(example.seen)
         yield example, seen
+
+
+def item_counts(train: Mapping[str, Sequence[int]]) -> Counter[int]:
+    """Item row -> how often it was chosen in training; 0 for the others."""
+    count: Counter[int] = Counter()
+    for rows in train.values():
+        count.update(rows)
+    return count
 
 
 def _check_history(history: int) -> None:

@@ -57,7 +57,8 @@ one adapter of all, which computes the same:
 
 """
 
-PROMPT_FLAGS = ("task", "history", "candidate_images", "max_pixels")  # of hanorec.json's prompt
+# Of hanorec.json's prompt.
+PROMPT_FLAGS = ("task", "history", "images", "candidate_images", "max_pixels")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 

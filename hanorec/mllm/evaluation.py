@@ -54,15 +54,15 @@ def score(
 
 
 def shown_pictures(
-    pictures: dict[int, ImageFeatures], config: EvalConfig
+    pictures: dict[int, ImageFeatures], images: str, seed: int
 ) -> dict[int, ImageFeatures]:
     """Each item's own picture, or with `--images shuffled` another item's.
 
     Those are exchanged by a cycle through all owners, so that nobody keeps its own.
     """
-    if config.images == "own":
+    if images != "shuffled":
         return pictures
-    owners = np.random.default_rng(config.seed).permutation(list(pictures)).tolist()
+    owners = np.random.default_rng(seed).permutation(list(pictures)).tolist()
     others = np.roll(owners, 1).tolist()
     return {row: pictures[other] for row, other in zip(owners, others, strict=True)}
 
@@ -125,6 +125,11 @@ def print_list(policy: str, items: Sequence[Mapping[str, Any]]) -> None:
 
 def check_images(builder: PromptBuilder) -> None:
     """InputError where `similarity` cannot make its ten groups."""
+    if builder.config.images == "none":
+        raise InputError(
+            "--similarity with --images none: expected images to be alike with titles; leave one "
+            "of the two out"
+        )
     if sum(path is not None for path in builder.catalog.images) < GROUPS:
         raise InputError(
             f"--similarity: {builder.config.data} has fewer than 10 images, expected at least one "

@@ -35,7 +35,7 @@ def load_examples(
     backbone: Backbone, data: DataConfig, config: TrainConfig
 ) -> tuple[PromptBuilder, list[Example]]:
     """The training examples with their candidates, and the pictures."""
-    catalog = load_catalog(data.data)
+    catalog = load_catalog(data.data, images=data.images != "none")
     interactions = load_interactions(data.data, catalog)
     users = select_users(interactions.train, data.users_from, data.users_to, data.users_seed)
     examples = training_examples(interactions, config.targets_per_user, data.history, users)
@@ -45,7 +45,7 @@ def load_examples(
             f"{without} of {len(users)} users have a single training item, so they give no example"
         )
     check_some(data.data, examples, users)
-    print_missing_images(catalog)
+    print_missing_images(catalog, data)
     negatives = data.candidates - 1
     builder = PromptBuilder(backbone, catalog, {}, data)
     if config.draw == "random":
@@ -80,10 +80,11 @@ def load_pictures(
     return stored_pictures(backbone, catalog, data.features or data.data)
 
 
-def print_missing_images(catalog: Catalog) -> None:
-    """Items without an image are prompted by title alone; say how many there are."""
+def print_missing_images(catalog: Catalog, data: DataConfig) -> None:
+    """Items without an image are prompted by title alone; say how many there are, unless --images
+    says it of all."""
     missing = sum(path is None for path in catalog.images)
-    if missing:
+    if missing and data.images != "none":
         print(
             f"{missing} of {len(catalog.ids)} items of {catalog.name} have no image: prompts show "
             "their titles alone"

@@ -1,7 +1,8 @@
 """Who is evaluated on what: held-out items, and the frozen candidate sets around them.
 
-Two kinds of sets, drawn once, kept in the data folder and the same for every model: `random`
-(unseen items) and `hard` (unseen items near the positive).
+Three kinds of sets, drawn once, kept in the data folder and the same for every model: `random`
+(unseen items), `hard` (unseen items near the positive) and `matched` (unseen items about as popular
+as the positive).
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from hanorec.base.config import DataConfig, EvalConfig
@@ -23,11 +25,19 @@ from hanorec.datasets.interactions import (
     Interactions,
     had_before,
     heldout_examples,
+    item_counts,
     load_interactions,
     select_users,
 )
+from hanorec.datasets.matched import draw_matched_candidates
 
-KINDS = {"random": ["random"], "hard": ["hard"], "both": ["random", "hard"]}  # of `--sets`
+KINDS = {  # of `--sets`
+    "random": ["random"],
+    "hard": ["hard"],
+    "matched": ["matched"],
+    "both": ["random", "hard"],
+    "all": ["random", "hard", "matched"],
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class HeldOut:
 
 def held_out(data: DataConfig, config: EvalConfig) -> HeldOut:
     """Read the data folder, and choose the users of `config`. InputError: there is nobody."""
-    catalog = load_catalog(data.data)
+    catalog = load_catalog(data.data, images=data.images != "none")
     interactions = load_interactions(data.data, catalog)
     every = heldout_examples(interactions, config.split, data.history)
     if not every:
@@ -112,7 +122,7 @@ def frozen_sets(
     for kind in KINDS[config.sets]:
         facts = {
             "kind": kind,
-            "neighbors": near_count(data.neighbors, held.catalog) if kind == "hard" else None,
+            "neighbors": None if kind == "random" else near_count(data.neighbors, held.catalog),
             "split": config.split,
             "seed": config.seed,
             "negatives": data.candidates - 1,
@@ -135,16 +145,21 @@ def _draw(
     near: Tensor | None,
     embedding: str,
 ) -> None:
-    """Draw the sets of all users and keep them in `path`: hard ones, or without near random ones.
-    """
+    """Draw the sets of all users and keep them in `path`. near: of hard ones."""
     every, catalog = held.every, held.catalog
     negatives, seed = facts["negatives"], facts["seed"]
-    if near is None:
-        drawn = draw_candidates(every, catalog, negatives, seed)
-        save_candidates(path, drawn, catalog, **facts)
-    else:
+    if facts["kind"] == "hard":
+        facts = {**facts, "embedding": embedding}
         drawn = draw_hard_candidates(every, catalog, near.cpu().numpy(), negatives, seed)
-        save_candidates(path, drawn, catalog, **facts, embedding=embedding)
+    elif facts["kind"] == "matched":
+        count = item_counts(held.interactions.train)
+        counts = np.array([count[row] for row in range(len(catalog.ids))])
+        drawn = draw_matched_candidates(
+            every, catalog, counts, facts["neighbors"], negatives, seed
+        )
+    else:
+        drawn = draw_candidates(every, catalog, negatives, seed)
+    save_candidates(path, drawn, catalog, **facts)
 
 
 def input_hashes(

@@ -3,13 +3,12 @@
 U = users, C = candidates of each.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from hanorec.datasets.interactions import Example
+from hanorec.datasets.interactions import Example, item_counts
 from hanorec.metrics import (
     auc_rows,
     bootstrap_interval,
@@ -19,10 +18,46 @@ from hanorec.metrics import (
     rank_of_positive,
     shown_test,
 )
+from hanorec.ranking.candidate_sets import HeldOut
 
 AT = 3  # the document's cut-off
 
 METRICS = (f"HR@{AT}", f"NDCG@{AT}", "AUC")
+
+# policy -> its scores (U, C): "sum", and a language model's per token beside it, "mean"
+Scores = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def compare_sets(
+    sets: Mapping[str, Sequence[Example]], scores: Mapping[str, Scores], held: HeldOut, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Candidate set -> what `compare` says of it; printed."""
+    report = {}
+    for kind, examples in sets.items():
+        report[kind] = compare(examples, scores[kind], held, seed)
+        print_set(kind, report[kind])
+    return report
+
+
+def compare(
+    examples: Sequence[Example], scores: Scores, held: HeldOut, seed: int
+) -> dict[str, Any]:
+    """The report of one candidate set: metrics of every policy, what they stand beside, tests."""
+    results = {policy: summarise(of["sum"], examples, seed) for policy, of in scores.items()}
+    means = {}
+    for policy, of in scores.items():
+        if "mean" in of:
+            means[policy] = summarise(of["mean"], examples, seed)
+    popular = popularity(held.interactions.train, examples)
+    return {
+        "users": by_id(examples, held.catalog.ids),
+        "policies": results,
+        "policies_mean_score": means,
+        "popularity": summarise(popular, examples, seed),
+        "chance": chance(len(examples[0].candidates)),
+        "paired": paired_tests(results, seed),
+        "scores": {policy: of["sum"].tolist() for policy, of in scores.items()},
+    }
 
 
 def summarise(scores: np.ndarray, examples: Sequence[Example], seed: int) -> dict[str, Any]:
@@ -91,9 +126,7 @@ def popularity(
 
     train: user -> catalogue rows.
     """
-    count: Counter[int] = Counter()
-    for rows in train.values():
-        count.update(rows)
+    count = item_counts(train)
     scores = []
     for example in examples:
         scores.append([float(count[row]) for row in example.candidates])

@@ -24,11 +24,17 @@ from hanorec.run.reference import read_reference
 
 
 def check_training(configs: Sequence[Any]) -> None:
-    """InputError where --sft is no adapter, or --reference no file of reference log-probabilities.
+    """InputError where --sft is no adapter, or --reference no file of reference log-probabilities,
+    or --images is for evaluation alone.
 
     configs: of a training script, of which some have these settings.
     """
     for config in configs:
+        if getattr(config, "images", "own") == "shuffled":
+            raise InputError(
+                "--images shuffled: expected own or none in training, since each item's wrong "
+                "image would become its name; give it to evaluate.py"
+            )
         if getattr(config, "sft", None) is not None:
             check_named_adapter("--sft", config.sft)
         if getattr(config, "reference", "once") != "once":

@@ -22,6 +22,9 @@ from hanorec.mllm.backbone import Backbone
 from hanorec.run.checkpoint import drop_checkpoints
 from hanorec.run.inputs import comparable, turn_sha256
 
+# What runs did before there was a setting for it, which they do not state.
+BEFORE = {"max_title_tokens": None, "images": "own"}
+
 # ---- the folder ----
 
 
@@ -80,6 +83,7 @@ def _is_empty(out: Path) -> bool:
 def check_settings(out: Path, settings: Mapping[str, Any], what: str = "a run") -> None:
     """InputError where the run in `out` was started with other settings than these."""
     stored = read_object(out / "run.json").get("settings")
+    stored = BEFORE | stored if isinstance(stored, dict) else stored
     check_facts(stored, settings, lambda name, found, wanted: (
         f"{out}: holds {what} with {name} = {found!r}, this command has {wanted!r}; give the same "
         "settings to go on, or choose another --out"
@@ -169,11 +173,11 @@ def prompt_settings(
         "candidate_images": data.candidate_images,
         "max_pixels": model.max_pixels,
     }
+    newer = {"max_title_tokens": data.max_title_tokens, "images": data.images}
     if backbone is not None:
-        settings |= {"max_title_tokens": data.max_title_tokens, "turn": turn_sha256(backbone)}
-    elif data.max_title_tokens is not None:
-        settings["max_title_tokens"] = data.max_title_tokens
-    return settings
+        return {**settings, **newer, "turn": turn_sha256(backbone)}
+    # As earlier versions stated them in reference.safetensors.
+    return settings | {name: value for name, value in newer.items() if value != BEFORE[name]}
 
 
 def compare_settings(directory: str | Path, settings: dict[str, Any]) -> None:
@@ -184,7 +188,7 @@ def compare_settings(directory: str | Path, settings: dict[str, Any]) -> None:
     path = Path(directory) / "hanorec.json"
     trained = {}
     if path.exists():
-        trained = {"max_title_tokens": None, **read_object(path).get("prompt", {})}
+        trained = BEFORE | read_object(path).get("prompt", {})
     for name, value in settings.items():
         if name not in trained or trained[name] == value:
             continue
