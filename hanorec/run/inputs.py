@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hanorec.base.config import EvalConfig
+from hanorec.base.config_steps import StepConfig
 from hanorec.base.errors import InputError
 from hanorec.base.files import sha256
 from hanorec.datasets.catalog import data_hash
@@ -25,7 +26,7 @@ from hanorec.run.reference import read_reference
 
 def check_training(configs: Sequence[Any]) -> None:
     """InputError where --sft is no adapter, or --reference no file of reference log-probabilities,
-    or --images is for evaluation alone.
+    or --images is for evaluation alone, or a reading of the step does not go with the rest.
 
     configs: of a training script, of which some have these settings.
     """
@@ -39,6 +40,8 @@ def check_training(configs: Sequence[Any]) -> None:
             check_named_adapter("--sft", config.sft)
         if getattr(config, "reference", "once") != "once":
             read_reference(Path(config.reference))
+        if isinstance(config, StepConfig):
+            config.check_with(*configs[1:4])
 
 
 def check_evaluation(config: EvalConfig) -> None:
