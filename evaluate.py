@@ -34,7 +34,8 @@ from hanorec.mllm import evaluation, tasks
 from hanorec.mllm.backbone import ImageFeatures
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.load import load_backbone
-from hanorec.ranking.candidate_sets import frozen_sets, held_out
+from hanorec.mllm.written import compare_written
+from hanorec.ranking.candidate_sets import frozen_sets, held_out, list_sets
 from hanorec.ranking.report import Scores, compare_sets
 from hanorec.ranking.reranking import rerank
 from hanorec.ranking.retriever import retrieved
@@ -43,7 +44,7 @@ from hanorec.run.record import close_run, compare_settings, prompt_settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    model, data, config = parse([ModelConfig, DataConfig, EvalConfig], argv, __doc__)
+    model, data, config = parse([ModelConfig, DataConfig, EvalConfig], argv, __doc__, "evaluate")
     policies = config.adapter or ["base"]
     if len(set(policies)) < len(policies):
         raise InputError(f"--adapter {' '.join(policies)}: one policy twice; name each once")
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "report; run them apart"
         )
     join(usable_device(model.device))
-    check_evaluation(config)
+    check_evaluation(data, config)
     out = Path(config.out)
     if rank() == 0:
         claim_folder(out)
@@ -74,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return tasks.near_items(PromptBuilder(backbone, held.catalog, pictures(), data))
 
     # Which candidates: frozen sets, or what the retriever finds in the whole catalogue.
-    if config.retriever is None:
+    if data.targets > 1:
+        sets = list_sets(held, data, config)
+    elif config.retriever is None:
         embedding = f"input embeddings of {'titles, ' * (data.images == 'none')}{backbone.path}"
         sets = frozen_sets(held, data, config, near, embedding)
     else:
@@ -97,8 +100,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.similarity:
             evaluation.check_images(builder)
         prompt = prompt_settings(model, data, backbone)
-        scores, _ = score_all(builder, sets, policies, config.batch, prompt)
-        report["sets"] = compare_sets(sets, scores, held, config.seed)
+        if data.targets == 1:  # a list of several has no score for each candidate
+            scores, _ = score_all(builder, sets, policies, config.batch, prompt)
+            report["sets"] = compare_sets(sets, scores, held, config.seed)
+        if config.answers != "scored":
+            report["written"] = compare_written(builder, sets, policies, config)
         if config.similarity:
             report["similarity"] = evaluation.similarity(builder, policies)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hanorec.base.config import EvalConfig
+from hanorec.base.config import DataConfig, EvalConfig
 from hanorec.base.config_steps import StepConfig
 from hanorec.base.errors import InputError
 from hanorec.base.files import sha256
@@ -44,8 +44,21 @@ def check_training(configs: Sequence[Any]) -> None:
             config.check_with(*configs[1:4])
 
 
-def check_evaluation(config: EvalConfig) -> None:
-    """InputError where an --adapter is none, or --retriever no finished folder."""
+def check_evaluation(data: DataConfig, config: EvalConfig) -> None:
+    """InputError where an --adapter is none, or --retriever no finished folder, or --targets or
+    --answers do not go with the rest."""
+    other = config.retriever is not None or config.user is not None
+    if data.targets > 1 and (config.answers == "scored" or config.sets != "both" or other):
+        raise InputError(
+            f"--targets {data.targets}: expected --answers greedy or sampled, since a list has no "
+            "score for each candidate, and no --sets, --retriever or --user: its candidates are "
+            "random; change these"
+        )
+    if config.answers != "scored" and other:
+        raise InputError(
+            f"--answers {config.answers} with --retriever or --user: expected scored, since both "
+            "order items by their scores; run it apart"
+        )
     for policy in config.adapter:
         if policy != "base":
             check_named_adapter("--adapter", policy)

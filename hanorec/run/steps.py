@@ -224,7 +224,7 @@ def alignment(stage: Stage, part: Sequence[int]) -> Tensor:
     builder = stage.builder
     items: set[int] = set()
     for i in part:
-        items.update([stage.prompts[i].chosen, *stage.prompts[i].rejected])
+        items.update(chain(*stage.prompts[i].items))
     shown = sorted(items & builder.pictures.keys())
     if len(shown) < 3:
         return torch.zeros((), device=builder.backbone.device)
