@@ -12,6 +12,7 @@ import train_dpo
 from hanorec.base.errors import InputError
 
 
+@pytest.mark.equation("HN-10")
 def test_the_sft_adapter_trained_on(launch, sft):
     """Its reference is the SFT policy, that of a stacked run; without noise the first loss is ln 2;
     what is written stands on the base alone. Control: it is not the SFT adapter any more.
