@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ import toy
 from safetensors.torch import load_file
 
 import train_dpo
+from hanorec.base.batches import global_batches, smallest_part
+from hanorec.base.config_steps import StepConfig
 from hanorec.base.errors import InputError
+from hanorec.run.record import check_settings
 
 
 @pytest.mark.equation("HN-10")
@@ -44,6 +48,28 @@ def test_all_readings_of_the_step_at_once(launch, sft):
     for record in log:
         assert all(math.isfinite(value) for value in record.values() if value is not None)
     assert toy.furthest(out, sft) > 0 and facts["settings"]["kept"] == "inner"
+
+
+def test_a_run_from_before_these_settings_goes_on(tmp_path):
+    """Its run.json states none of them, which means their defaults. Control: others are refused."""
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"epochs": 1}}))
+    settings = {"epochs": 1, "targets": 1, "drop_last": False, **asdict(StepConfig())}
+    check_settings(tmp_path, settings)
+    for name, value in (("noise_pass", "forward"), ("drop_last", True), ("quotes", "chosen")):
+        with pytest.raises(InputError, match=name):
+            check_settings(tmp_path, {"epochs": 1, name: value})
+
+
+def test_the_rest_of_an_epoch_is_left_out():
+    """11 rows in steps of 6 = 2 micro-batches of 3: 9 rows, another rest in another epoch. Control:
+    all 11 without it."""
+    rests = set()
+    for epoch in range(3):
+        first, second = global_batches(11, 6, 7, epoch)
+        assert global_batches(11, 6, 7, epoch, multiple=3) == [first, second[:3]]
+        rests.add(tuple(second[3:]))
+    assert len(second) == 5 and len(rests) > 1
+    assert [smallest_part(n, 4) for n in (8, 9, 3, 7)] == [4, 1, 3, 3]
 
 
 @pytest.mark.parametrize(("flags", "said"), [
