@@ -19,7 +19,6 @@ from dataclasses import asdict, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -99,9 +98,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         if config.similarity:
             evaluation.check_images(builder)
-        prompt = prompt_settings(model, data, backbone)
+        for policy in policies:
+            compare_settings(policy, prompt_settings(model, data, backbone))
         if data.targets == 1:  # a list of several has no score for each candidate
-            scores, _ = score_all(builder, sets, policies, config.batch, prompt)
+            scores, _ = score_all(builder, sets, policies, config.batch)
             report["sets"] = compare_sets(sets, scores, held, config.seed)
         if config.answers != "scored":
             report["written"] = compare_written(builder, sets, policies, config)
@@ -119,18 +119,14 @@ def score_all(
     sets: Mapping[str, Sequence[Example]],
     policies: Sequence[str],
     batch: int,
-    prompt: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Scores], dict[str, float]]:
     """EV-1 by every policy on every set: set -> `Scores`; and the seconds that each policy took.
-
-    prompt: the settings that the policies' adapters should have been trained on.
     """
     rows = {kind: tasks.scoring_rows(builder, examples) for kind, examples in sets.items()}
     tasks.print_budget(list(chain(*rows.values())), batch, builder.backbone)
     scores, seconds = {kind: {} for kind in sets}, {}
     for policy in policies:
         evaluation.use_policy(builder.backbone, policy)
-        compare_settings(policy, prompt or {})
         start = time.perf_counter()
         for kind, examples in sets.items():
             scores[kind][policy] = evaluation.score(builder, rows[kind], len(examples), batch)

@@ -47,12 +47,10 @@ def load_examples(
         examples = list_examples(own, data.targets, data.history, config.targets_per_user)
     without = len(users) - len({example.user for example in examples})
     if without:
-        print(
-            f"{without} of {len(users)} users have a single training item, so they give no example"
-            if data.targets == 1
-            else f"{without} of {len(users)} users have fewer than {data.targets + 1} training "
-            "items, or one twice among the targets, so they give no example"
-        )
+        few = "a single training item"
+        if data.targets > 1:
+            few = f"fewer than {data.targets + 1} training items, or one twice among the last"
+        print(f"{without} of {len(users)} users have {few}, so they give no example")
     check_some(data.data, examples, users)
     print_missing_images(catalog, data)
     negatives = data.candidates - data.targets

@@ -30,9 +30,10 @@ def folder_name(row: str) -> str:
     return re.sub(r"[^\w.]+", "-", row).strip("-")
 
 
-def settings(kinds: Sequence[type], flags: Sequence[str]) -> dict[str, Any]:
-    """What a script makes of these flags, but for the places, which differ from row to row."""
-    found = all_settings(parse(kinds, [*flags, "--out", "."]))
+def settings(kinds: Sequence[type], flags: Sequence[str], name: str) -> dict[str, Any]:
+    """What the script `name` makes of these flags, but for the places, which differ from row to
+    row."""
+    found = all_settings(parse(kinds, [*flags, "--out", "."], command=name))
     return {name: value for name, value in found.items() if name not in ("out", "adapter")}
 
 
@@ -51,21 +52,21 @@ def run_row(
         InputError: what is finished was made with other settings.
     """
     folder = folder_name(row)
-    split = settings(EVALUATION, test)["split"]
+    split = settings(EVALUATION, test, "evaluate")["split"]
     out, report, spent = here / folder, here / split / folder, here / "cpu" / f"{folder}.json"
     if name:
         if not (out / "adapter_config.json").exists():
             start = time.process_time()
             script(name).main([*flags, "--out", str(out)])
             write_json(spent, time.process_time() - start)
-        check_settings(out, settings(TRAINING[name], flags))
+        check_settings(out, settings(TRAINING[name], flags, name))
 
     if not (report / "run.json").exists():  # written last
         for half in report.glob("*"):
             half.unlink()
         adapter = str(out) if name else "base"
         script("evaluate").main([*test, "--adapter", adapter, "--out", str(report)])
-    check_settings(report, settings(EVALUATION, test))
+    check_settings(report, settings(EVALUATION, test, "evaluate"))
 
     inputs = read_object(report / "run.json")["inputs"]
     sets = {}
@@ -114,7 +115,7 @@ def run_rows(
 
     for name, stage in plan.values():
         if name:  # a wrong flag of any row ends the command before the first one trains
-            settings(TRAINING[name], stage)
+            settings(TRAINING[name], stage, name)
 
     lock_folder(here)
     found: dict[str, dict[str, Any]] = {}
