@@ -5,7 +5,7 @@
     python evaluate.py ... --out OUT --user ID --top-k K
         OUT/recommendations.json, the list printed
     python evaluate.py ... --out OUT --retriever BRMRS --top-n 20
-        rerank what train_brmrs.py's model retrieves
+        rerank what a trained recommender retrieves (train_brmrs.py, hanorec.baselines)
 
 Every --adapter is one policy, with what it stands on; `--adapter base` is the bare model. The
 candidate sets of --sets are drawn once, kept in the data folder and the same for every model. The

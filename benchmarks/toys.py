@@ -25,13 +25,8 @@ from transformers import (
 )
 
 from hanorec.lora.layer import LoRALinear, add_lora
-from hanorec.mllm.backbone import (
-    Backbone,
-    ImageFeatures,
-    image_features,
-    prompt_positions,
-    use_segment_attention,
-)
+from hanorec.mllm.attention import use_segment_attention
+from hanorec.mllm.backbone import Backbone, ImageFeatures, image_features, prompt_positions
 from hanorec.mllm.prompts import Row
 
 SPECIAL = ["<pad>", "<eos>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

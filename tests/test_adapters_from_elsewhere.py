@@ -20,6 +20,7 @@ import train_sft
 from hanorec import export
 from hanorec.base.errors import InputError
 from hanorec.lora import folder as adapter_folder
+from hanorec.lora.card import adapter_card
 from hanorec.lora.files import save_adapter, save_policy
 from hanorec.lora.layer import lora_layers
 from hanorec.lora.loading import attach_adapter, attach_policy
@@ -330,6 +331,17 @@ def test_the_card_of_a_whole_adapter(sft, checkpoints):
     assert "--max-lora-rank 8 --lora-modules NAME=THIS_FOLDER" in card
     config = json.loads((sft / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == base
+
+
+def test_the_card_has_the_flags_of_the_prompts():
+    """The frame of the chat template, whose hash stands beside them, is none."""
+    prompt = {"task": "binary", "history": 7, "max_title_tokens": 20, "max_pixels": 784}
+    prompt["turn"] = "0" * 64
+    card = adapter_card("B", [8], 16, False, {"prompt": prompt})
+    flags = "--task binary --history 7 --max-title-tokens 20 --max-pixels 784"
+    assert f"--adapter THIS_FOLDER --data DATA --out OUT {flags}\n" in card
+    card = adapter_card("B", [8], 16, False, {"prompt": prompt | {"max_title_tokens": None}})
+    assert "--max-title-tokens" not in card and "--history 7 --max-pixels" in card
 
 
 def test_the_card_of_half_an_adapter(full, sft, data, checkpoints, tmp_path, logits, qwen):

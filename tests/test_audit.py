@@ -82,9 +82,9 @@ def test_the_controls_give_the_same_lambdas_to_other_pairs():
 
 
 def closed_form(R):
-    """sigma(1 + 2 (1 - m) / (P - 2)) / sigma(1), m = (min + max) / (2 mean)."""
-    m = (min(R) + max(R)) / 2 / oracle.average(R)
-    return oracle.sigmoid(1 + 2 * (1 - m) / (len(R) - 2)) / oracle.sigmoid(1)
+    """sigma(1 + 2 (1 - c) / (P - 2)) / sigma(1), c = (min + max) / (2 mean)."""
+    c = (min(R) + max(R)) / 2 / oracle.average(R)
+    return oracle.sigmoid(1 + 2 * (1 - c) / (len(R) - 2)) / oracle.sigmoid(1)
 
 
 @pytest.mark.equation("HN-7")
@@ -259,11 +259,14 @@ def test_hard_labels_give_the_mean_of_both_rates():
     [(1, 9, 30, 21.31),
      (1, 4, 60, 42.62),
      (1, 7, 37.5, 26.64),
+     (1, 6, 42.86, 30.44),
      (3, 4, 88.57, 42.86),
      (3, 7, 70.83, 30)],
 )
 def test_chance_of_other_candidate_sets(positives, negatives, hit, gain):
-    """Every set of places for the targets, equally likely."""
+    """Every set of places for the targets, equally likely. Of 3 + 4 with one that counts the others
+    are as good as negatives: 1 + 6.
+    """
     total = positives + negatives
     gains = [1 / math.log2(1 + place) if place <= 3 else 0 for place in range(1, total + 1)]
     places = list(itertools.combinations(range(total), positives))

@@ -21,14 +21,8 @@ from transformers import (
 from hanorec.base.errors import InputError
 from hanorec.datasets.images import read_image
 from hanorec.lora.layer import language_model
-from hanorec.mllm.backbone import (
-    ATTENTION,
-    FAMILIES,
-    hidden_states,
-    image_features,
-    prompt_positions,
-    use_segment_attention,
-)
+from hanorec.mllm.attention import ATTENTION, use_segment_attention
+from hanorec.mllm.backbone import FAMILIES, hidden_states, image_features, prompt_positions
 from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.load import load_backbone
@@ -428,7 +422,7 @@ def test_another_family(tmp_path):
 
 
 def test_unknown_name_is_an_input_error():
-    with pytest.raises(InputError, match="nobody/nothing: cannot be loaded"):
+    with pytest.raises(InputError, match="nobody/nothing: no such folder, and by this name"):
         load_backbone("nobody/nothing", "float32", "cpu")
 
 

@@ -265,6 +265,8 @@ def test_what_cannot_be_looked_at(world, look):
     assert look(world / TITLES)[0] == 2
     status, text = look(world / "data", "--model", world / "data")
     assert status == 2 and "no config.json" in text and "Traceback" not in text
+    status, text = look(world / "data", "--model", world / "modle")
+    assert status == 2 and f"{world}/modle: no such folder, and by this name cannot be" in text
     assert look(world / "data", "--model", world / "model", "--max-pixels", 9)[0] == 2
     status, text = look(world / "data", "--history", 0)
     assert status == 2 and "--history 0" in text
@@ -415,6 +417,26 @@ def test_images_may_help_where_they_cannot_be_smaller(data, world, look, short):
     assert status == 1 and "--candidate-images off" in line.partition("each alone: ")[2]
     assert "--max-pixels" not in line and "--history" not in line
     assert look(*words, "--candidate-images", "off")[0] == 0
+
+
+def test_tilings_that_cannot_be_smaller(checkpoints, world, look):
+    """LLaVA-NeXT's smallest tiling takes what it takes, however few pixels are asked for."""
+    model = shutil.copytree(checkpoints["llava_next"], world / "llava")
+    config = json.loads((model / "config.json").read_text())
+    words = [world / "data", "--model", model, "--task", "binary", "--history", 1]
+
+    def line_of(context, pixels):
+        config["text_config"]["max_position_embeddings"] = context
+        (model / "config.json").write_text(json.dumps(config))
+        _, text = look(*words, "--max-pixels", pixels)
+        lines = text.splitlines()
+        (place,) = [i for i, line in enumerate(lines) if "rows exceed the context" in line]
+        return lines[place], lines[place + 1]  # the longest
+
+    longest = int(re.search(r"(\d+) tokens, \d+ of them images", line_of(20, 28 * 28)[1])[1])
+    tried = "not even --history 1{} is enough"
+    assert tried.format("") in line_of(longest - 1, 28 * 28)[0]
+    assert tried.format(" --max-pixels 784") in line_of(longest - 1, 28 * 56)[0]
 
 
 def test_one_long_title_is_named(world, look):

@@ -27,7 +27,8 @@ from toy_ranking import write_folder
 
 import train_dpo
 import train_sft
-from hanorec.base.distributed import rank, share, usable_device
+from hanorec.base import distributed
+from hanorec.base.distributed import rank, share, sum_gradients, usable_device
 from hanorec.base.errors import InputError
 from hanorec.run import run
 
@@ -80,6 +81,16 @@ def apart(one, other):
 
 SHARDED = ["--shard", "true"]
 ONE_PART = ["--micro-batch", "8", "--accumulation", "1"]
+
+
+def test_a_weight_without_a_gradient_keeps_none(monkeypatch):
+    """As on two ranks that have the same gradients, of one weight of two."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda total: total.mul_(2))
+    weights = [torch.zeros(3, requires_grad=True), torch.zeros(2, requires_grad=True)]
+    weights[1].grad = torch.tensor([1.0, -4.0])
+    assert sum_gradients(weights, 0.5) == (1.0,)
+    assert weights[0].grad is None and weights[1].grad.tolist() == [2.0, -8.0]
 
 
 @pytest.mark.parametrize("n,flags", [(2, []), (4, []), (2, SHARDED), (4, [*ONE_PART, *SHARDED])])

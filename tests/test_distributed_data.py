@@ -30,7 +30,7 @@ from hanorec.ranking import full_ranking
 from hanorec.ranking.full_ranking import target_ranks
 from hanorec.ranking.retriever import Retriever
 from hanorec.ranking.sampler import NegativeSampler, Seen
-from hanorec.run import ranking_run
+from hanorec.run import epochs
 from hanorec.topk import topk_neighbors
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -304,14 +304,14 @@ def test_brmrs_over_processes(tmp_path):
 
 
 def interrupted_in_its_third_epoch(argv):
-    save = ranking_run.save_checkpoint
+    save = epochs.save_checkpoint
 
     def then_stop(out, epoch, *arguments, **facts):
         save(out, epoch, *arguments, **facts)
         if epoch == 2:
             raise KeyboardInterrupt
 
-    ranking_run.save_checkpoint = then_stop
+    epochs.save_checkpoint = then_stop
     with pytest.raises(KeyboardInterrupt):
         train_brmrs.main(argv)
 

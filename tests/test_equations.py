@@ -14,14 +14,23 @@ from hanorec import readings
 from hanorec.base import config
 from hanorec.base.config_brmrs import BrmrsConfig
 from hanorec.base.config_steps import StepConfig
+from hanorec.baselines.config import MatrixConfig, SequenceConfig
+from hanorec.baselines.config_llara import LlaraConfig
+from hanorec.baselines.picking import PickConfig
 
 ROOT = Path(__file__).parent.parent
 IDS = [
     "SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)),
     *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7)),
+    "LG-1", "LG-2", "SAS-1", "SAS-2", "SAS-3", "GR-1", "CA-1", "BE-1",
+    *(f"CL-{n}" for n in range(1, 6)), "TR-1", *(f"LL-{n}" for n in range(1, 4)),
+    "SP-1", "SP-2", "MS-1", "MS-2", "MR-1", "MR-2",
 ]
+# Of the equations of other methods than HaNoRec's.
+OWN_SETTINGS = {"BR": BrmrsConfig, "LG": MatrixConfig}
+OWN_SETTINGS |= dict.fromkeys(["SAS", "GR", "CA", "BE", "CL"], SequenceConfig)
 # Of a formula over several lines the first one alone has the tag.
-TAG = re.compile(r"#\s*((?:SFT|DPO|HN|EV|BR)-\d+):")
+TAG = re.compile(r"#\s*([A-Z]+-\d+):")
 READING = re.compile(
     r"^\| `(?P<table>[A-Z]+)\[\"(?P<name>\w+)\"\]` \| `--(?P<flag>\w+) (?P<value>\w+)` "
     r"\| `(?P<function>[\w.]+)` \| (?P<source>\w+) \| `(?P<test>[\w/.:]+)` \|$",
@@ -74,7 +83,7 @@ def symbol_of(entry: str) -> object:
 
 def symbol(name: str) -> object:
     """What a dotted name stands for."""
-    head, tail = re.match(r"(hanorec(?:\.[a-z_]+)+)\.(.+)", name).groups()
+    head, tail = re.match(r"(hanorec(?:\.[a-z0-9_]+)+)\.(.+)", name).groups()
     found = importlib.import_module(head)
     for part in tail.split("."):
         found = getattr(found, part)
@@ -130,7 +139,7 @@ def test_each_tag_stands_once_in_the_package_and_has_an_entry():
 def test_each_entry_has_a_formula_and_a_source(equation):
     entry = entries()[equation]
     assert re.search(r"^\$\$.+\$\$$", entry, re.MULTILINE)
-    assert re.search(r"^- Document: .+", entry, re.MULTILINE)
+    assert re.search(r"^- (Document|Source): .+", entry, re.MULTILINE)
 
 
 @pytest.mark.parametrize("equation", IDS)
@@ -147,8 +156,9 @@ def test_each_option_named_is_a_setting(equation):
     field takes.
     """
     kinds = [config.ModelConfig, config.DataConfig, config.TrainConfig, config.DpoConfig]
-    kinds += [config.EvalConfig, StepConfig]
-    known = settings(*([BrmrsConfig] if equation.startswith("BR") else kinds))
+    kinds += [config.EvalConfig, StepConfig, PickConfig, LlaraConfig]
+    own = OWN_SETTINGS.get(equation.partition("-")[0])
+    known = settings(*([own] if own else kinds))
     for flag, values in options(entries()[equation]):
         assert flag in known, flag
         allowed = getattr(known[flag].type, "__args__", ())

@@ -256,6 +256,27 @@ def test_too_long_a_prompt_names_user_length_and_context(make, catalog, gallery)
         assert all(remedy in text for remedy in ("--max-pixels", "--candidate-images", "--history"))
 
 
+def test_flags_that_cannot_help_are_not_named(checkpoints, catalog, gallery):
+    """--max-pixels where LLaVA-NeXT has its smallest tiling already; --candidate-images where the
+    prompt shows no candidate's image, as that about one item."""
+    pictures, folder = gallery["llava_next"], str(checkpoints["llava_next"])
+    of_prompts = {
+        "on": ranking_parts(catalog, (0, 2, 3), (4, 5)),
+        "off": ranking_parts(catalog, (0, 2, 3), (4, 5), images=False),
+        "binary": binary_parts(catalog, (0, 2, 3), 4),
+    }
+    for max_pixels in (28 * 28, 28 * 56):
+        backbone = load_backbone(folder, "float32", "cpu", max_pixels)
+        for name, parts in of_prompts.items():
+            prompt = encode_row(backbone, "u", parts, pictures, [[0]]).prompt
+            answer = [0] * (backbone.context - len(prompt) + 1)  # one too many
+            with pytest.raises(InputError, match="shorten --history, or cut") as caught:
+                encode_row(backbone, "u", parts, pictures, [answer])
+            text = str(caught.value)
+            assert ("--max-pixels" in text) == (max_pixels > 28 * 28)
+            assert ("--candidate-images" in text) == (name == "on")
+
+
 NASTY = st.sampled_from([*HOSTILE, "\u0000", "\u200d", "a\u0301", "\r\n", "﷽" * 3])
 TITLE = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30), NASTY,
                   st.tuples(st.text(max_size=5), NASTY, st.text(max_size=5)).map("".join))

@@ -16,12 +16,14 @@ import train_dpo
 import train_sft
 from hanorec.base.errors import InputError
 from hanorec.base.files import sha256
+from hanorec.datasets.interactions import Example
 from hanorec.lora.layer import adapters_off, lora_noise
 from hanorec.lora.loading import attach_policy
 from hanorec.lora.stack import remove_adapters
 from hanorec.mllm.backbone import ImageFeatures
 from hanorec.mllm.forward import score_batches
 from hanorec.mllm.items import item_embeddings
+from hanorec.mllm.prompts import Row
 from hanorec.mllm.tasks import negatives_of, preferences, views
 from hanorec.run.reference import load_reference, rows_hash, save_reference
 
@@ -217,6 +219,37 @@ def test_rows_hash_sees_every_part(data, checkpoints):
     assert rows_hash(rows, other) == rows_hash(rows, source.pictures)
 
 
+def test_rows_hash_tells_where_a_part_ends():
+    """The same numbers in a row, cut elsewhere: between prompt, images and answers, or between
+    rows.
+    """
+
+    def row(prompt, images, *answers):
+        return Row("u", prompt, torch.zeros(1, len(prompt)), images, list(answers))
+
+    pictures = {item: ImageFeatures(torch.zeros(1, 2), None) for item in range(10)}
+    cut = [
+        [row([1, 2], [3], [4, 5], [6])],
+        [row([1], [2, 3], [4, 5], [6])],
+        [row([1, 2], [3, 4], [5], [6])],
+        [row([1, 2], [3], [4], [5, 6])],
+        [row([1, 2], [3], [4, 5, 6])],
+        [row([1, 2], [3], [4]), row([5], [6])],
+    ]
+    assert len({rows_hash(rows, pictures) for rows in cut}) == len(cut)
+
+
+def test_rows_hash_sees_every_image_shown():
+    """Two rows with two images each: whichever changes, the hash does."""
+    rows = [Row("u", [1], torch.zeros(1, 1), images, [[2]]) for images in ([0, 1], [2, 3])]
+    pictures = {item: ImageFeatures(torch.full((1, 2), float(item)), None) for item in range(4)}
+    hashes = {rows_hash(rows, pictures)}
+    for item in range(4):
+        moved = ImageFeatures(torch.full((1, 2), -1.0), None)
+        hashes.add(rows_hash(rows, pictures | {item: moved}))
+    assert len(hashes) == 5
+
+
 # ---- several rejected answers to a prompt ----
 
 
@@ -293,6 +326,26 @@ def test_which_negative_is_rejected(data, checkpoints):
             p in example.candidates and p != example.target
             for p, example in zip(rejected, examples, strict=True)
         )
+
+
+def test_a_random_negative_is_the_prompts_own():
+    """The draw depends on seed, candidates and history: where one of the three is another, users
+    differ; the same prompt always gets the same. Forty users, nine negatives each: that all agree
+    by chance has probability 1e-38.
+    """
+
+    def drawn(seed=0, history=0, last=9):
+        found = []
+        for user in range(40):
+            candidates = (*range(9), last)
+            example = Example("u", (history, 50 + user), 0, frozenset(), candidates)
+            found += negatives_of(example, seed)
+        return [0 if item >= 9 else item for item in found]
+
+    assert drawn() == drawn()
+    assert len(set(drawn())) > 5  # the forty histories differ
+    for change in ({"seed": 1}, {"history": 20}, {"last": 10}):
+        assert drawn(**change) != drawn(), change
 
 
 def test_a_target_without_an_image_is_compared_by_title(data, checkpoints):

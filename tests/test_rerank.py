@@ -72,6 +72,29 @@ def test_retrieve_by_hand(tmp_path):
     assert len(shuffled) > 3  # the prompt does not tell the retriever's order
 
 
+@pytest.mark.parametrize("target", [0, 1])
+def test_a_target_that_the_user_had_before_is_missed(tmp_path, target):
+    """Items 0 (training) and 1 (validation) are this user's best; they are not retrieved to please
+    the one whose target is one of them once more.
+    """
+    catalog, found = shop(tmp_path)
+    example = Example("a", (0, 1), target, frozenset({0, 1}))
+    examples, places = retrieve(found, catalog, [example], [(0, 1)], 3, seed=0)
+    assert sorted(examples[0].candidates) == [2, 3, 4]
+    assert target_places(places, examples).tolist() == [math.inf]
+
+
+def test_each_user_has_an_order_of_their_own(tmp_path):
+    """The same four items for thirty examples: not in one order, which would give the retriever's
+    best the same place in every prompt.
+    """
+    catalog, found = shop(tmp_path)
+    many = [Example("a", (0,), 3, frozenset())] * 30
+    examples, _ = retrieve(found, catalog, many, [(0,)] * 30, 4, seed=0)
+    first = {example.candidates.index(1) for example in examples}
+    assert len({example.candidates for example in examples}) > 10 and first == {0, 1, 2, 3}
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     catalog, found = shop(tmp_path)
     example = Example("a", (0, 1), 3, frozenset())

@@ -210,13 +210,13 @@ def test_dpo_moves_toward_what_the_user_chose(launch, data, checkpoints, sft, ta
 @pytest.mark.parametrize("ablation", ["no_nodo", "no_sam"])
 def test_lambda_from_the_items_by_numpy(launch, data, checkpoints, sft, ablation):
     """The range of lambda in run.json, by loops in float64 from the model's embeddings: union
-    clusters, or the cosine alone. And each pair's own beta' reaches the loss: normalised, at h = 0
-    and eta = 1, the loss is ln 2 times the mean of 1 / lambda.
+    clusters, or the cosine alone, whatever --gap says. And each pair's own beta' reaches the loss:
+    normalised, at h = 0 and eta = 1, the loss is ln 2 times the mean of 1 / lambda.
     """
     _, log, facts = launch(
         train_dpo.main, *toy.STEPS, "--sft", sft, "--ablation", ablation, "--k", 4,
         "--micro-batch", 8, "--accumulation", 3, "--normalised", "true", "--lora-dropout", 0,
-        "--sigma", 0,
+        "--sigma", 0, *(["--gap", "ranked"] if ablation == "no_sam" else []),
     )
     backbone, source, examples = toy.source_of(data, checkpoints)
     table = backbone.model.get_input_embeddings().weight.double().numpy()
@@ -353,18 +353,19 @@ def test_checkpointing_changes_nothing_but_memory(launch, sft, full):
     [(train_sft.main, []),
      (train_dpo.main, []),
      (train_dpo.main, ["--eta", "ema", "--normalised", "true"]),
-     (train_dpo.main, ["--kl-coef", "1"])],
+     (train_dpo.main, ["--kl-coef", "1", "--rejected", "3"])],
     ids=["sft", "dpo", "ema", "kl"],
 )
 def test_accumulation_does_not_matter(launch, sft, main, flags):
-    """4 rows x 2 micro-batches = 8 x 1: the same adapter and log, in float64; dropout 0, noise on.
-    Answers differ in length, so a mean of means would show.
+    """7 rows x 2 micro-batches = 14 x 1: the same adapter and log, in float64; dropout 0, noise on.
+    Answers differ in length and the second step has parts of 7 and 3 rows, so a mean of means would
+    show.
     """
     common = [*toy.STEPS, "--lora-dropout", 0, *flags]
     common += ["--sft", sft] if main is train_dpo.main else []
     (one, log, _), (two, other, _) = [
-        launch(main, *common, "--micro-batch", m, "--accumulation", 8 // m, float64=True)
-        for m in (4, 8)
+        launch(main, *common, "--micro-batch", m, "--accumulation", 14 // m, float64=True)
+        for m in (7, 14)
     ]
     assert toy.furthest(one, two) < 1e-10
     for a, b in zip(log, other, strict=True):

@@ -1,5 +1,5 @@
-"""Checkpoints and settings that say the same in another way: where a tie is stated, how the limits
-on an image are called, and ~ for the user's home.
+"""Checkpoints and settings that say the same in another way: where a tie is stated, how an
+image processor and its limits are called, and ~ for the user's home.
 """
 
 import json
@@ -82,6 +82,23 @@ def test_a_head_of_its_own_is_kept(backbone, like, top, text):
     edit(folder / "config.json", state_tie(top, text))
     model = load_backbone(str(folder), "float32", "cpu").model
     assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight + 1)
+
+
+# ---- the image processor's name ----
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_an_image_processor_by_its_name_of_early_2025(like, family):
+    """Any other that Transformers does not know is refused, and not taken for the family's."""
+    folder = like(family)
+    path = folder / "preprocessor_config.json"
+    now = load_backbone(str(folder), "float32", "cpu").image_processor
+    edit(path, lambda c: c.update(image_processor_type="Qwen2_5_VLImageProcessor"))
+    found = load_backbone(str(folder), "float32", "cpu").image_processor
+    assert type(found) is type(now) and found.to_dict() == now.to_dict()
+    edit(path, lambda c: c.update(image_processor_type="NoneSuchImageProcessor"))
+    with pytest.raises(InputError, match="image processor cannot be loaded"):
+        load_backbone(str(folder), "float32", "cpu")
 
 
 # ---- limits on an image ----

@@ -20,7 +20,7 @@ from hanorec.base.command import run
 from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
 from hanorec.base.errors import InputError
 from hanorec.ranking.retriever import load_retriever
-from hanorec.run import ranking_run
+from hanorec.run import epochs, ranking_run
 from hanorec.studies import brmrs_ablation
 from hanorec.studies.brmrs_ablation import CONTROLS, ROWS, run_rows
 from hanorec.studies.plots import plot_run
@@ -219,7 +219,7 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, folder, tmp_path, monkey
     stopped.
     """
     calls = {"save": 0, "step": 0}
-    save, step, write = ranking_run.save_checkpoint, train_brmrs.step_loss, ranking_run.write_model
+    save, step, write = epochs.save_checkpoint, train_brmrs.step_loss, ranking_run.write_model
 
     def saving(*args, **facts):
         calls["save"] += 1
@@ -242,7 +242,7 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, folder, tmp_path, monkey
         write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ranking_run, "save_checkpoint", saving)
+        patch.setattr(epochs, "save_checkpoint", saving)
         patch.setattr(train_brmrs, "step_loss", stepping)
         patch.setattr(ranking_run, "write_model", writing)
         with pytest.raises(Killed):
@@ -253,7 +253,7 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, folder, tmp_path, monkey
 
 def test_a_lost_generator_would_be_noticed(finished, folder, tmp_path, monkeypatch):
     """The control of the test above: a resume that forgets the generator's state ends elsewhere."""
-    save, load = ranking_run.save_checkpoint, ranking_run.load_checkpoint
+    save, load = epochs.save_checkpoint, epochs.load_checkpoint
 
     def saving(out, step, *args, **facts):
         save(out, step, *args, **facts)
@@ -261,20 +261,20 @@ def test_a_lost_generator_would_be_noticed(finished, folder, tmp_path, monkeypat
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(ranking_run, "save_checkpoint", saving)
+        patch.setattr(epochs, "save_checkpoint", saving)
         with pytest.raises(Killed):
             train(folder, tmp_path / "out", "--epochs", 12)
     forgetting = lambda out, weights, optimizer, random: load(
         out, weights, optimizer, {"loop": torch.Generator()}
     )
-    monkeypatch.setattr(ranking_run, "load_checkpoint", forgetting)
+    monkeypatch.setattr(epochs, "load_checkpoint", forgetting)
     assert not same(train(folder, tmp_path / "out", "--epochs", 12), finished)
 
 
 @pytest.fixture
 def stopped(folder, tmp_path, monkeypatch):
     """OUT of a run stopped after its second epoch, on data of its own."""
-    save, data = ranking_run.save_checkpoint, shutil.copytree(folder, tmp_path / "data")
+    save, data = epochs.save_checkpoint, shutil.copytree(folder, tmp_path / "data")
 
     def saving(out, step, *args, **facts):
         save(out, step, *args, **facts)
@@ -282,7 +282,7 @@ def stopped(folder, tmp_path, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(ranking_run, "save_checkpoint", saving)
+        patch.setattr(epochs, "save_checkpoint", saving)
         with pytest.raises(Killed):
             train(data, tmp_path / "out", "--epochs", 4)
     return data, tmp_path / "out"

@@ -6,7 +6,7 @@ That is the document, the authors' release, or ours. The settings of BR-MRS: con
 from dataclasses import dataclass
 from typing import Literal
 
-from hanorec.base.errors import InputError
+from hanorec.base.errors import InputError, shown
 from hanorec.base.settings import TINY, check, option
 
 
@@ -24,7 +24,8 @@ class ModelConfig:
     device: str = option("auto", "ours: cuda if there is one, else cpu")
     max_pixels: int = option(
         224 * 224,
-        "ours, low: pixels of an image after scaling down; 784 pixels are one Qwen token",
+        "ours, low (authors' release: 262,144): pixels of an image after scaling down; 784 pixels "
+        "are one Qwen token",
     )
 
 
@@ -42,7 +43,11 @@ class DataConfig:
         "ranking",
         "document: rank the candidates; binary (authors' release): answer Yes or No on one item",
     )
-    history: int = option(5, "authors' release: how many past items the prompt shows")
+    history: int = option(
+        5,
+        "authors' release, before its Yes or No (3 before an answer of three titles): how many "
+        "past items the prompt shows",
+    )
     targets: int = option(
         1,
         "document; 3 (authors' release, hit3): the last 3 items are the answer of one row, newest "
@@ -56,7 +61,7 @@ class DataConfig:
     )
     candidate_images: Literal["on", "off"] = option(
         "on",
-        "document: images of the candidates; off spares their tokens",
+        "document: images of the candidates; off (authors' release) spares their tokens",
     )
     quotes: Literal["none", "chosen"] = option(
         "none",
@@ -119,8 +124,8 @@ class TrainConfig:
     )
     targets_per_user: int = option(
         3,
-        "authors' release: the last 3 items of a training sequence are targets; 0 = all but the "
-        "first",
+        "ours: the last 3 items of a training sequence are targets, a row each (authors' release: "
+        "one answer of three titles); 0 = all but the first",
     )
     draw: Literal["random", "hard"] = option(
         "random",
@@ -128,10 +133,10 @@ class TrainConfig:
     )
     lora_rank: int = option(8, "document")
     lora_alpha: float = option(32.0, "authors' release")
-    lora_dropout: float = option(0.05, "authors' release")
-    learning_rate: float = option(1e-4, "document; cosine to 0")
+    lora_dropout: float = option(0.05, "authors' release, in SFT; its DPO runs without")
+    learning_rate: float = option(1e-4, "document; cosine to 0: authors' release")
     epochs: int = option(5, "authors' release")
-    micro_batch: int = option(4, "authors' release: rows in one forward")
+    micro_batch: int = option(4, "authors' release, in DPO (2 in its SFT): rows in one forward")
     accumulation: int = option(
         8,
         "document: micro-batches in one optimizer step, in all: torchrun's processes divide its "
@@ -167,6 +172,8 @@ class TrainConfig:
 # sigma_n; the document says 0.05 to 0.1
 PRESETS = {"microlens": 0.05, "netflix": 0.1, "movielens": 0.1}
 
+NEGATIVES = ("random", "same", "chns")  # how the rejected item is drawn, if no file says it
+
 
 @dataclass(frozen=True)
 class DpoConfig:
@@ -176,10 +183,11 @@ class DpoConfig:
         "full",
         "document, ablation table; dpo = w/o ALL",
     )
-    negatives: Literal["random", "same", "chns"] = option(
+    negatives: str = option(
         "random",
-        "document 000; the rejected item is a random negative of the prompt, the one nearest to "
-        "the chosen item, or (chns) nearest in one modality",
+        "document; the rejected item is a random negative of the prompt, the one nearest to "
+        "the chosen item (same), or nearest in one modality (chns); or it is read from a file of "
+        "picks (FILE.json), one a prompt",
     )
     rejected: int = option(
         1,
@@ -195,7 +203,7 @@ class DpoConfig:
     k: int = option(10, "document: K of the Top-K clusters")
     embedding: Literal["input", "hidden"] = option(
         "input",
-        "ours: HN-1 from input embeddings, or from last hidden states",
+        "authors' release: HN-1 from input embeddings; hidden (ours): from last hidden states",
     )
     gap: Literal["union", "ranked", "signed", "centroid"] = option(
         "union",
@@ -218,14 +226,18 @@ class DpoConfig:
     )
     trim: float | None = option(
         None,
-        "document: filter extremes; none drops one reward at each end, a fraction more (HN-7)",
+        "document: filter extremes; how many is the authors' release's, one reward at each end "
+        "(none), or ours, a fraction (HN-7)",
     )
     dataset: Literal["microlens", "netflix", "movielens"] = option(
         "microlens",
         "its noise strength, 0.05, 0.1 or 0.1 (authors' release, within the document's 0.05 to "
         "0.1)",
     )
-    sigma: float | None = option(None, "noise strength sigma_n, instead of the preset of --dataset")
+    sigma: float | None = option(
+        None,
+        "ours: noise strength sigma_n, instead of the preset of --dataset",
+    )
     noise: Literal["absolute", "relative"] = option(
         "absolute",
         "document; relative (ours): times the RMS of the weights, so the presets are weak there "
@@ -237,10 +249,22 @@ class DpoConfig:
     )
     normalised: bool = option(False, "ours: scale each pair's loss by beta0 / beta' (HN-11)")
     kl_coef: float = option(0.0, "ours: weight of the exact KL in the loss (HN-12)")
-    log_kl: bool = option(False, "log the exact KL; costs one more forward")
+    log_kl: bool = option(False, "ours: log the exact KL; costs one more forward")
 
     def __post_init__(self) -> None:
         check(self, rejected=1, beta0=TINY, k=1, sigma=0, kl_coef=0, trim=TINY)
+        if self.negatives in NEGATIVES:
+            return
+        if not self.negatives.endswith(".json"):
+            raise InputError(
+                f"--negatives {shown(self.negatives)}: expected {', '.join(NEGATIVES)}, or a file "
+                "of picks that ends in .json"
+            )
+        if self.rejected > 1:
+            raise InputError(
+                f"--rejected {self.rejected} with --negatives {shown(self.negatives)}: expected 1, "
+                "since a file of picks has one for each prompt"
+            )
 
     @property
     def hars(self) -> bool:
@@ -300,8 +324,9 @@ class EvalConfig:
     )
     retriever: str | None = option(
         None,
-        "finished --out folder of train_brmrs.py: rerank what it retrieves from the whole "
-        "catalogue, instead of candidate sets",
+        "finished --out folder of train_brmrs.py, or the folder of the split in that of a "
+        "recommender of hanorec.baselines: rerank what it retrieves from the whole catalogue, "
+        "instead of candidate sets",
     )
     top_n: int = option(20, "ours: N, how many items are retrieved")
     user: str | None = option(None, "print a ranked list for this user instead of metrics")

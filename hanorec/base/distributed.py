@@ -113,13 +113,14 @@ def sum_gradients(weights: Sequence[nn.Parameter], *numbers: float) -> tuple[flo
     """Sum the gradients of a step over the ranks, in place.
 
     Each rank has those of its share of the batch, divided by counts of the whole batch, so their
-    sum is that of a single process. numbers (losses, ...) travel in the same message; returns
-    their sums.
+    sum is that of a single process. A weight without a gradient has none on any rank. numbers
+    (losses, ...) travel in the same message; returns their sums.
     """
     if world_size() == 1:
         return numbers
     totals = torch.tensor(numbers, dtype=weights[0].dtype, device=weights[0].device)
-    all_reduce([*(weight.grad for weight in weights), totals])
+    found = [weight.grad for weight in weights if weight.grad is not None]
+    all_reduce([*found, totals])
     return tuple(totals.tolist())
 
 

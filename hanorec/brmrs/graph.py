@@ -44,11 +44,12 @@ def smooth(A: Tensor, x: Tensor) -> Tensor:
 
 
 def lightgcn(A: Tensor, x: Tensor, layers: int) -> Tensor:
-    r"""The mean of x, A x, ..., A^L x: (N, d) -> (N, d). L = 0 leaves x as it is."""
+    r"""The mean of x, A x, ..., A^K x, K = layers: (N, d) -> (N, d). K = 0 leaves x as it is."""
     total = x
     for _ in range(layers):
         x = smooth(A, x)  # (N, d)
         total = total + x
+    # LG-1: z = \frac{1}{K + 1}\,(x + A x + \dots + A^K x)
     return total / (layers + 1)
 
 

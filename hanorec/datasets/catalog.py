@@ -1,6 +1,7 @@
 r"""The items of a dataset: id, title, image.
 
-A dataset is a folder in the native layout, the one of the authors' release:
+A dataset is a folder in the native layout. The authors' release has the same file names, but each
+line of its TSV files holds a history and what follows it, so its folders are none of these:
 
     <Name>_titles.csv     header item,title; UTF-8; csv quoting
     images/<id>.jpg       or .jpeg, .png, .webp; an item may lack one; see images.py

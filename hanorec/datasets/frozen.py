@@ -1,6 +1,6 @@
 """Candidate sets frozen in a file: by item id, with a hash and the facts they were drawn under.
 
-The file is JSON that reads well line by line:
+The file is JSON that reads well line by line, and so is one of picks (picks.py):
 
     {"facts": {...},
     "sha256": "...",
@@ -12,7 +12,7 @@ The file is JSON that reads well line by line:
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,46 @@ def save_candidates(
             )
         target = catalog.ids[example.target]
         ids = [catalog.ids[row] for row in example.candidates]
-        rows.append(_text({"user": example.user, "target": target, "candidates": ids}))
-    digest = _hash(rows)
+        rows.append({"user": example.user, "target": target, "candidates": ids})
+    return save_rows(path, rows, facts)
+
+
+def save_rows(path: Path, rows: Iterable[Any], facts: Mapping[str, Any]) -> str:
+    """Write the file with a line a row. Returns the SHA-256 of the rows."""
+    texts = [_text(row) for row in rows]
+    digest = _hash(texts)
     head = f'{{"facts": {_text(facts)},\n"sha256": "{digest}",\n"rows": [\n'
-    write_text(path, head + ",\n".join(rows) + "\n]}\n")
+    write_text(path, head + ",\n".join(texts) + "\n]}\n")
     return digest
+
+
+def read_rows(
+    path: Path, count: int | None, kind: str, again: str, expected: Mapping[str, Any]
+) -> list[Any]:
+    """The rows of such a file, as they were saved.
+
+    Args:
+        count: how many there must be, None = any number.
+        kind: what such a file is called. again: the remedy for one that does not fit.
+        expected: facts, each of which must be the one that the file states.
+    """
+    stored = read_object(path)
+    facts, rows = stored.get("facts"), stored.get("rows")
+    if not isinstance(facts, dict) or not isinstance(rows, list) or "sha256" not in stored:
+        raise InputError(f"{path}: not a {kind} file; expected facts, sha256 and rows; {again}")
+    if _hash(map(_text, rows)) != stored["sha256"]:
+        raise InputError(
+            f"{path}: the rows do not have the stated sha256 {shown(stored['sha256'])}: "
+            f"the file was edited; {again}"
+        )
+
+    def other_fact(name: str, found: Any, wanted: Any) -> str:
+        return f"{path}: {name} is {shown(found)} in the file, expected {wanted!r}; {again}"
+
+    check_facts(facts, expected, other_fact)
+    if count is not None and len(rows) != count:
+        raise InputError(f"{path}: {len(rows)} rows, expected {count}, one an example; {again}")
+    return rows
 
 
 def load_candidates(
@@ -55,26 +90,7 @@ def load_candidates(
     edited, or was drawn under other facts or for other examples, or a set cannot be scored.
     """
     again = "delete the file to draw again"
-    stored = read_object(path)
-    facts, rows = stored.get("facts"), stored.get("rows")
-    if not isinstance(facts, dict) or not isinstance(rows, list) or "sha256" not in stored:
-        raise InputError(
-            f"{path}: not a candidate file; expected facts, sha256 and rows; {again}"
-        )
-    if _hash(map(_text, rows)) != stored["sha256"]:
-        raise InputError(
-            f"{path}: the rows do not have the stated sha256 {shown(stored['sha256'])}: "
-            f"the file was edited; {again}"
-        )
-
-    def other_fact(name: str, found: Any, wanted: Any) -> str:
-        return f"{path}: {name} is {shown(found)} in the file, expected {wanted!r}; {again}"
-
-    check_facts(facts, expected, other_fact)
-    if len(rows) != len(examples):
-        raise InputError(
-            f"{path}: {len(rows)} rows, expected {len(examples)}, one an example; {again}"
-        )
+    rows = read_rows(path, len(examples), "candidate", again, expected)
     result = []
     pairs = zip(rows, with_seen(examples), strict=True)
     for number, (row, (example, seen)) in enumerate(pairs, start=1):

@@ -71,7 +71,7 @@ def _decode(path: Path, number: int, raw: bytes, encoding: str, fault: Fault) ->
         kind = known.get(found[0], f"control character {found[0]!r}")
         fault(InputError(
             f"{path}:{number}: {kind} at position {found.start() + 1}; "
-            f"expected text, so remove it or save the file again as plain text"
+            f"expected text, so remove it or save the file again as plain text in UTF-8"
         ))
         text = CONTROL.sub(" ", text.replace("\0", ""))  # UTF-16 reads as text with NULs
     return text

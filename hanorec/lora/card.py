@@ -57,8 +57,10 @@ one adapter of all, which computes the same:
 
 """
 
-# Of hanorec.json's prompt.
-PROMPT_FLAGS = ("task", "history", "images", "candidate_images", "max_pixels")
+# of hanorec.json's prompt
+PROMPT_FLAGS = (
+    "task", "history", "images", "candidate_images", "max_title_tokens", "max_pixels",
+)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
@@ -100,5 +102,5 @@ def adapter_card(
 
 def _flags(prompt: Mapping[str, Any]) -> list[str]:
     """The settings of the prompts that the adapter was trained on, as flags."""
-    known = [name for name in PROMPT_FLAGS if name in prompt]
+    known = [name for name in PROMPT_FLAGS if prompt.get(name) is not None]
     return [f" --{name.replace('_', '-')} {prompt[name]}" for name in known]

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from hanorec.base.errors import InputError, shown
 from hanorec.base.files import read_object
@@ -167,9 +165,3 @@ def check_tensor_file(directory: str | Path, r: int) -> None:
                 f"{path}: {key} of shape {shape}, expected ({r}, ...) as adapter_config.json says; "
                 "the two files are of adapters of different rank: copy them again"
             )
-
-
-def read_tensors(directory: str | Path, r: int) -> dict[str, Tensor]:
-    """The tensors of an adapter of rank r. InputError as in `check_tensor_file`."""
-    check_tensor_file(directory, r)
-    return load_file(Path(directory) / "adapter_model.safetensors")

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hanorec.base.errors import InputError, shown
 from hanorec.base.files import read_object, sha256
-from hanorec.lora.folder import adapter_config, check_tensor_file, read_tensors
+from hanorec.lora.folder import adapter_config, check_tensor_file
 from hanorec.lora.layer import LoRALinear, add_lora, language_model, lora_layers
 from hanorec.lora.stack import (
     base_fingerprint,
@@ -61,10 +62,11 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     if not layers:
         return attach_adapter(model, directory)
     config = adapter_config(directory)
-    tensors = _named_as_now(model, directory, read_tensors(directory, config["r"]))
+    check_tensor_file(directory, config["r"])
+    path = directory / "adapter_model.safetensors"
+    tensors = _named_as_now(model, directory, load_file(path))
     _check_origin(model, directory)
     _check_scale(layers, directory, config)
-    path = directory / "adapter_model.safetensors"
     _check_names(model, path, tensors)
     _check_tensors(layers, path, tensors)
     with torch.no_grad():

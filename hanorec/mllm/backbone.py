@@ -9,14 +9,12 @@ preprocessed, which tokens surround it, and in positions (Qwen counts time, heig
 
 import re
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from hanorec.base.errors import InputError, brief
 from hanorec.lora.layer import language_model
@@ -24,8 +22,6 @@ from hanorec.mllm.checks import window
 from hanorec.mllm.template import Turn, is_marker, read_turn
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava_next")  # config.model_type
-
-ATTENTION = "prompt_and_answers"  # the name under which Transformers knows `segment_attention`
 
 
 class ImageFeatures(NamedTuple):
@@ -68,13 +64,18 @@ class Backbone:
         return min(text.max_position_embeddings, window(text) or text.max_position_embeddings)
 
     @property
+    def images_are_smallest(self) -> bool:
+        """Whether fewer --max-pixels would change nothing: LLaVA-NeXT has one tiling left."""
+        return self.family == "llava_next" and len(self.config.image_grid_pinpoints) == 1
+
+    @property
     def image_token(self) -> int:
         return self.config.image_token_id
 
     @cached_property
     def turn(self) -> Turn:
         """What the chat template writes around a question and its answer, as `read_turn` says."""
-        return read_turn(self.path, self.tokenizer, self.template, self._text(self.image_token))
+        return read_turn(self.path, self.tokenizer, self.template, self.vector_text)
 
     @cached_property
     def markers(self) -> dict[int, str]:
@@ -90,10 +91,11 @@ class Backbone:
     @cached_property
     def inside_markers(self) -> re.Pattern:
         """Matches, with no width, after the first character of each marker's text."""
-        places = []
+        rests: dict[str, list[str]] = {}  # by first character: Llama 3 has 256 that begin with "<"
         for text in self.markers.values():
             if len(text) > 1:
-                places.append(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})")
+                rests.setdefault(text[0], []).append(re.escape(text[1:]))
+        places = [f"(?<={re.escape(first)})(?={'|'.join(rest)})" for first, rest in rests.items()]
         return re.compile("|".join(places) or "(?!)")  # (?!) never matches
 
     @cached_property
@@ -102,6 +104,11 @@ class Backbone:
         """
         start, end = self.around_image()
         return "".join(map(self._text, (*start, self.image_token, *end)))
+
+    @cached_property
+    def vector_text(self) -> str:
+        """What stands in it for a vector that is no image: the placeholder alone."""
+        return self._text(self.image_token)
 
     def _text(self, token: int) -> str:
         return self.tokenizer.convert_ids_to_tokens(token)
@@ -145,11 +152,12 @@ def image_features(backbone: Backbone, images: list[Image]) -> list[ImageFeature
 def prompt_positions(backbone: Backbone, ids: list[int], grids: list[Tensor | None]) -> Tensor:
     """Positions of a prompt without padding, S tokens whose images have these grids.
 
-    (3, S) for Qwen: time, height, width. (1, S) for LLaVA-NeXT.
+    (3, S) for Qwen: time, height, width. (1, S) for LLaVA-NeXT. What has no grid is counted as text
+    is; in one prompt all images of Qwen have one, or none has.
     """
     if backbone.family == "llava_next":
         return torch.arange(len(ids)).expand(1, -1)
-    if not grids:
+    if all(grid is None for grid in grids):
         return torch.arange(len(ids)).expand(3, -1)
     row = torch.tensor([ids])
     is_image = (row == backbone.image_token).int()
@@ -170,7 +178,8 @@ def hidden_states(
 
     Args:
         ids: (B, T). positions: (R, B, T), R as in `prompt_positions`.
-        mask: as in `segment_attention`; None: plainly causal, padding on the right.
+        mask: as in `hanorec.mllm.attention.segment_attention`; None: plainly causal, padding on the
+            right.
         pictures: (n, d), the features of all images in the order of their placeholders.
     Returns:
         (B, T, d).
@@ -189,60 +198,6 @@ def hidden_states(
     language = language_model(backbone.model)
     out = language(inputs_embeds=x, position_ids=positions, attention_mask=mask, use_cache=False)
     return out.last_hidden_state
-
-
-def use_segment_attention(model: nn.Module) -> None:
-    """Let the language model attend by `segment_attention`; the vision tower keeps its own."""
-    AttentionInterface.register(ATTENTION, segment_attention)
-    language_model(model).set_attn_implementation(ATTENTION)
-
-
-def segment_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of [prompt | answer | answer ...] by segments, called as Transformers calls it.
-
-    The prompt is causal and needs no mask: padding stands behind it, where none of its tokens
-    looks. So the T x T mask of a packed row never exists, and half of the prompt's products are
-    never computed.
-
-    Args:
-        query: (B, heads, T, width of a head). key, value: with as many heads or fewer.
-        mask: (B, 1, N, T) of the last N columns, the answers; None where there is only a prompt.
-        sliding_window: how many tokens each may see in this layer, itself included.
-    Returns:
-        (B, T, heads, width of a head), and no weights.
-    Raises:
-        InputError: a prompt is longer than the window, so that attention would have to be cut.
-        ValueError: keys of a cache beside those of the queries, which would not be seen.
-    """
-    if key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"{query.shape[2]} queries, {key.shape[2]} keys: expected as many, whole rows without "
-            "a cache; give use_cache=False"
-        )
-    attend = partial(
-        F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True
-    )
-    prompt = query.shape[2] - (0 if mask is None else mask.shape[2])  # P
-    if sliding_window is not None and prompt > sliding_window:
-        raise InputError(
-            f"a text of {prompt} tokens is longer than the base's sliding_window of "
-            f"{sliding_window}, expected at most as many; shorten it"
-        )
-    out = attend(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], is_causal=True)
-    if mask is not None:
-        answers = attend(query[:, :, prompt:], key, value, attn_mask=mask.to(query.dtype))
-        out = torch.cat([out, answers], 2)
-    return out.transpose(1, 2), None
 
 
 def use_checkpointing(backbone: Backbone) -> None:

@@ -48,6 +48,7 @@ def score(
     found = {}
     for kind, log_probs in {"sum": sums, "mean": means}.items():  # (rows, A) each
         if builder.config.task == "binary":
+            # TR-1: s = \log\pi(\text{Yes} \mid x) - \log\pi(\text{No} \mid x)
             log_probs = log_probs[:, 0] - log_probs[:, 1]  # (U C,): A = Yes, No
         found[kind] = log_probs.double().numpy().reshape(users, -1)
     return found

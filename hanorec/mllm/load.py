@@ -19,7 +19,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hanorec.base.distributed import rank, usable_device, world_size
 from hanorec.base.errors import InputError, brief
-from hanorec.mllm.backbone import FAMILIES, Backbone, use_segment_attention
+from hanorec.mllm.attention import use_segment_attention
+from hanorec.mllm.backbone import FAMILIES, Backbone
 from hanorec.mllm.checks import (
     check_every_weight,
     check_image_text,
@@ -27,7 +28,7 @@ from hanorec.mllm.checks import (
     check_stored_types,
 )
 from hanorec.mllm.sharding import divided
-from hanorec.mllm.spellings import pixel_limits, read_config
+from hanorec.mllm.spellings import has_older_processor, pixel_limits, read_config
 from hanorec.mllm.template import choose_template
 
 SAFE = {"trust_remote_code": False}
@@ -105,9 +106,10 @@ def reading(path: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001
+        what = "" if folder.exists() else "no such folder, and by this name "
         raise InputError(
-            f"{path}: cannot be loaded as an image-text model ({brief(error)}); expected a local "
-            f"folder or a hub name of one of {', '.join(FAMILIES)}, with safetensors weights"
+            f"{path}: {what}cannot be loaded as an image-text model ({brief(error)}); expected a "
+            f"local folder or a hub name of one of {', '.join(FAMILIES)}, with safetensors weights"
         ) from None
 
 
@@ -157,8 +159,8 @@ def read_processors(path: str, model: nn.Module, max_pixels: int) -> tuple[Any, 
 
 
 def _llava_processors(path: str, model: nn.Module, max_pixels: int) -> tuple[Any, Any, str | None]:
-    """Tilings of at most max_pixels (at least the smallest one), the same in model and processor.
-    """
+    """Tilings of at most max_pixels, or the smallest (the first of several, on the hub that of two
+    tiles side by side), the same in model and processor."""
     processor = AutoProcessor.from_pretrained(path, **SAFE)
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     template = choose_template(path, processor.chat_template, tokenizer)
@@ -173,8 +175,10 @@ def _qwen_processors(path: str, model: nn.Module, max_pixels: int) -> tuple[Any,
     """The parts of Qwen's processor: the whole needs torchvision, for video."""
     tokenizer = AutoTokenizer.from_pretrained(path, **SAFE)
     limits = pixel_limits(path)
-    size = {"size": limits} if limits else {}
-    image_processor = AutoImageProcessor.from_pretrained(path, **size, **SAFE)
+    options: dict[str, Any] = {"size": limits} if limits else {}
+    if has_older_processor(path):
+        options["config"] = model.config  # then Transformers takes the family's, by whatever name
+    image_processor = AutoImageProcessor.from_pretrained(path, **options, **SAFE)
     check_patches(path, image_processor, model.config.vision_config)
     unit = (image_processor.patch_size * image_processor.merge_size) ** 2  # pixels behind one token
     if max_pixels < unit:
@@ -209,7 +213,7 @@ def check_tokenizer(path: str, model: nn.Module, tokenizer: Any) -> None:
 def check_markers(backbone: Backbone) -> None:
     """InputError where what stands for an image, or ends an answer, is no added token.
 
-    `hanorec.mllm.prompts.text_ids` keeps added tokens, and no others, out of untrusted text.
+    Only added tokens can be kept out of untrusted text, as `hanorec.mllm.prompts.text_ids` does.
     """
     start, end = backbone.around_image()
     tokenizer = backbone.tokenizer

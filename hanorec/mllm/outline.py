@@ -31,7 +31,8 @@ def image_tokens(backbone: Backbone, width: int, height: int) -> int:
     """How many tokens an image of so many pixels takes, as image processor and model count them."""
     if backbone.family != "llava_next":
         processor = backbone.image_processor
-        return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
+        patches = processor.get_number_of_image_patches(height, width, {})  # None fails in 5.6
+        return patches // processor.merge_size**2
 
     config = backbone.config
     tower = config.vision_config

@@ -189,10 +189,13 @@ def prompt_ids(
             continue
         for item in group:
             images.append(item)
-            pieces[-1] += backbone.image_text
+            # Around what has no grid stands nothing: LLaVA-NeXT's images, and vectors of no image.
+            without = pictures[item].grid is None
+            pieces[-1] += backbone.vector_text if without else backbone.image_text
     pieces[-1] += turn.after
     short = _tokens(backbone, pieces, turn.add_tokens)  # with one token an image
-    of_images = len(images) * (1 + sum(map(len, backbone.around_image())))
+    grids = sum(pictures[item].grid is not None for item in images)
+    of_images = len(images) + grids * sum(map(len, backbone.around_image()))
     markers = _count_markers(backbone, turn.prompt) + of_images
     _check_markers(backbone, short, markers, f"user {name}")
     ids, numbers = [], iter(images)
@@ -211,14 +214,18 @@ def too_long(
     titles = [part[:-1] for part in parts if str(part).endswith("\n") and part not in fixed]
     title = max(titles, key=lambda title: len(text_ids(backbone, title)), default="")
     takes = len(text_ids(backbone, title))
-    remedies = "shorten --history, or cut long titles with --max-title-tokens"
+    candidates = parts[parts.index(WHICH) :] if WHICH in parts else []
+    remedies = ["shorten --history", "or cut long titles with --max-title-tokens"]
     if longest - of_images <= backbone.context:  # without its images it would fit
-        remedies = f"lower --max-pixels, switch off --candidate-images, {remedies}"
+        if any(isinstance(part, int) for part in candidates):
+            remedies.insert(0, "switch off --candidate-images")
+        if not backbone.images_are_smallest:
+            remedies.insert(0, "lower --max-pixels")
     limit = f"context of {backbone.context}"
     if backbone.context == window(backbone.config.text_config):
         limit = f"sliding_window of {backbone.context} tokens (config.json; null means none)"
     return (
         f"user {name}: prompt and answer take {longest} tokens, {of_images} of them images, but "
         f"{backbone.path} has a {limit}; the longest title, {shown(title)}, "
-        f"takes {takes} tokens: {remedies}"
+        f"takes {takes} tokens: {', '.join(remedies)}"
     )

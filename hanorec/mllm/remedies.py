@@ -62,11 +62,12 @@ class Trials:
     @cached_property
     def smaller_images(self) -> dict[int, Backbone]:
         """Fewer pixels, by halves -> the checkpoint with them, where that can help."""
-        found = {}
+        found: dict[int, Backbone] = {}
+        backbone = self.builder.backbone
         pixels = self.max_pixels // 2 if self.images_matter else 0
-        while pixels >= LEAST_PIXELS:
+        while pixels >= LEAST_PIXELS and not backbone.images_are_smallest:
             try:
-                found[pixels] = load_outline(self.builder.backbone.path, pixels)
+                backbone = found[pixels] = load_outline(backbone.path, pixels)
             except InputError:  # less than a token
                 break
             pixels //= 2

@@ -1,4 +1,6 @@
-"""What checkpoints state in more than one place or way: tied embeddings, limits on an image."""
+"""What checkpoints state in more than one place or way: tied embeddings, the image processor's
+name, limits on an image.
+"""
 
 from typing import Any
 
@@ -23,6 +25,13 @@ def read_config(path: str) -> PreTrainedConfig:
     config.output_attentions = False  # no use is made of them, and a model with them is not saved
     check_attributes(path, config)
     return config
+
+
+def has_older_processor(path: str) -> bool:
+    """Whether the image processor has the name of early 2025, which Transformers no longer knows:
+    it was the same as Qwen2-VL's, and is one with it since."""
+    stated, _ = ImageProcessingMixin.get_image_processor_dict(path)
+    return stated.get("image_processor_type") == "Qwen2_5_VLImageProcessor"
 
 
 def pixel_limits(path: str) -> dict[str, int] | None:

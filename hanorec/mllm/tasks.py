@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hanorec.base.batches import chunks
-from hanorec.base.config import DataConfig, TrainConfig
+from hanorec.base.config import NEGATIVES, DataConfig, TrainConfig
 from hanorec.base.errors import InputError
 from hanorec.datasets.candidates import draw_candidates, draw_hard_candidates, near_count
 from hanorec.datasets.catalog import Catalog, load_catalog
@@ -22,6 +23,7 @@ from hanorec.datasets.interactions import (
     training_examples,
 )
 from hanorec.datasets.lists import list_examples
+from hanorec.datasets.picks import load_picks
 from hanorec.hars import fuse
 from hanorec.mllm import prompts
 from hanorec.mllm.backbone import Backbone, ImageFeatures
@@ -155,6 +157,17 @@ def views(builder: PromptBuilder, kind: str) -> list[Tensor]:
     return [F.normalize(H, dim=1), F.normalize(X, dim=1)]
 
 
+def rejected_items(
+    builder: PromptBuilder, examples: Sequence[Example], seed: int, count: int, kind: str
+) -> list[list[int]]:
+    """`count` rejected items for each example: drawn as `views` knows the kind, or one that a file
+    of picks names, see `load_picks`."""
+    if kind not in NEGATIVES:
+        return [[pick] for pick in load_picks(Path(kind), examples, builder.catalog)]
+    near = views(builder, kind)
+    return [negatives_of(example, seed, count, near) for example in examples]
+
+
 # ---- the rows of each stage ----
 
 
@@ -200,7 +213,7 @@ def preferences(
     """ranking: the target's title against those of `count` negatives. binary: Yes against No on the
     target, No against Yes on one.
 
-    kind: which negatives, see `views`. Raises InputError where two titles are equal: their
+    kind: which negatives, see `rejected_items`. Raises InputError where two titles are equal: their
     log-probabilities always are, so nothing can be learnt; and for the binary task with a count
     above 1.
     """
@@ -209,12 +222,13 @@ def preferences(
             f"--rejected {count} with --task binary: expected 1, since the only other answer is "
             "No; use --task ranking"
         )
-    found, near = [], views(builder, kind)
-    for example in tqdm(examples, desc="prompts", disable=None, leave=False):
-        if builder.config.targets > 1:
-            found.append(_list_preference(builder, example, seed, count, near))
+    size = builder.config.targets
+    found, items = [], rejected_items(builder, examples, seed, count * size, kind)
+    for i, example in enumerate(tqdm(examples, desc="prompts", disable=None, leave=False)):
+        chosen, rejected = example.target, items[i]
+        if size > 1:
+            found.append(_list_preference(builder, example, rejected))
             continue
-        chosen, rejected = example.target, negatives_of(example, seed, count, near)
         if builder.config.task == "ranking":
             check_titles(builder.catalog, example, rejected)
             rows = [builder.ranking_row(example, [chosen, *rejected], chosen=1)]
@@ -228,12 +242,10 @@ def preferences(
 
 
 def _list_preference(
-    builder: PromptBuilder, example: Example, seed: int, count: int, near: Sequence[Tensor]
+    builder: PromptBuilder, example: Example, rejected: Sequence[int]
 ) -> Preference:
-    """The targets in one answer against as many negatives in each of `count` others."""
-    size = builder.config.targets
-    negatives = negatives_of(example, seed, count * size, near)
-    lists = [list(example.targets), *map(list, chunks(negatives, size))]
+    """The targets in one answer against as many of the rejected items in each of the others."""
+    lists = [list(example.targets), *map(list, chunks(rejected, len(example.targets)))]
     row = builder.list_row(example, lists, chosen=1)
     return Preference(row, example.target, [one[0] for one in lists[1:]], lists)
 

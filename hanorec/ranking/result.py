@@ -5,7 +5,7 @@
     metrics.json                          validation and test; written last: the run is finished
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hanorec.base.files import write_bytes, write_json
-from hanorec.datasets.mmrec import RankingData
 from hanorec.ranking.early_stopping import BestEpoch
-from hanorec.ranking.full_ranking import AT, Embeddings
 
 Evaluation = tuple[dict[str, float], np.ndarray, dict[str, np.ndarray]]  # of `evaluate`
 
@@ -28,30 +26,44 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_bytes(path, save(cpu))
 
 
-def write_model(out: Path, best: BestEpoch, config: Any) -> None:
-    """The best epoch's weights; config: a dataclass of the settings that they were trained with."""
+def write_model(out: Path, best: BestEpoch, metric: str, config: Any) -> None:
+    """The best epoch's weights.
+
+    metric: what it is best in, on validation. config: a dataclass of the settings that they were
+    trained with.
+    """
     write_tensors(out / "model.safetensors", best.weights)
-    facts = {"epoch": best.epoch, f"valid_Recall@{AT}": best.score, "config": asdict(config)}
+    facts = {"epoch": best.epoch, f"valid_{metric}": best.score, "config": asdict(config)}
     write_json(out / "model.json", facts)
 
 
-def write_retriever(out: Path, data: RankingData, emb: Embeddings) -> None:
-    """What `hanorec.ranking.retriever.load_retriever` reads: names, fused embeddings, pairs."""
-    tensors = {"user": emb.user["f"], "item": emb.item["f"], "train": data.train}
+def write_retriever(out: Path, tensors: Mapping[str, Tensor], **names: Any) -> None:
+    """What `hanorec.ranking.retriever.load_retriever` reads.
+
+    Args:
+        tensors: "user" (U, d) and "item" (I, d), whose inner products are the scores; "train"
+            (2, E), the pairs that are masked.
+        names: users and items, in order of the rows, and what else names.json is to state.
+    """
     write_tensors(out / "embeddings.safetensors", tensors)
-    write_json(out / "names.json", {"users": data.users, "items": data.items})
+    write_json(out / "names.json", names)
 
 
 def write_metrics(
-    out: Path, data: RankingData, epochs: int, best_epoch: int, valid: Evaluation, test: Evaluation
+    out: Path,
+    names: Sequence[str],
+    epochs: int,
+    best_epoch: int,
+    valid: Evaluation,
+    test: Evaluation,
 ) -> None:
-    """metrics.json, with the test metrics of each user."""
+    """metrics.json, with the test metrics of each user, by the names of all users."""
     report, users, rows = test
     write_json(out / "metrics.json", {
         "epochs": epochs,
         "best_epoch": best_epoch,
         "valid": valid[0],
         "test": report,
-        "users": [data.users[user] for user in users],
+        "users": [names[user] for user in users],
         "rows": {name: values.tolist() for name, values in rows.items()},
     })

@@ -1,12 +1,19 @@
 """A trained ranking by itself, as it lies on disk, and the candidates that it retrieves.
 
 T = examples, one target each; n = items retrieved.
+
+    FOLDER/embeddings.safetensors   user (U, d), item (I, d), train (2, E): pairs that are masked
+    FOLDER/names.json               users, items; where a row of `user` is the state of one held-out
+                                    item instead of a user's for all: the split, the targets, and
+                                    the hash of the data that the states were made from
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +25,7 @@ from hanorec.base.config import EvalConfig
 from hanorec.base.distributed import all_reduce
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_object
-from hanorec.datasets.catalog import Catalog
+from hanorec.datasets.catalog import Catalog, data_hash
 from hanorec.datasets.interactions import Example
 from hanorec.ranking.candidate_sets import HeldOut
 from hanorec.ranking.full_ranking import own_blocks
@@ -34,6 +41,8 @@ class Retriever:
     user: Tensor  # (U, d_f)
     item: Tensor  # (I, d_f)
     seen: Seen
+    targets: tuple[str, ...] = ()  # the item that each row of `user` is the state for, if it is
+    data: str | None = None  # hash of the data of such states
 
     def top_n(self, rows: Tensor, n: int, had: Sequence[Iterable[int]] = ()) -> Tensor:
         """The n best items of each user that are new to them, best first.
@@ -99,12 +108,16 @@ class Retriever:
             yield part, s
 
 
-def check_retriever(folder: str | Path) -> None:
-    """InputError where `--retriever` is not the finished OUT folder of a train_brmrs.py.
+def check_retriever(folder: str | Path, split: str) -> None:
+    """InputError where `--retriever` is no finished folder, or one of states for another split.
 
     Only names and headers are read, so it costs little before a model is loaded.
     """
-    folder, wanted = Path(folder), "expected the --out folder of a finished train_brmrs.py"
+    folder = Path(folder)
+    wanted = (
+        "expected the --out folder of a finished train_brmrs.py, or the folder val or test in that "
+        "of a recommender of hanorec.baselines"
+    )
     if not (folder / "names.json").exists():
         raise InputError(
             f"--retriever: {folder / 'names.json'}: no such file, {wanted}; check the path, or "
@@ -115,6 +128,11 @@ def check_retriever(folder: str | Path) -> None:
         raise InputError(
             f"--retriever: {folder / 'names.json'} has no lists of users and items, {wanted}; "
             "check the path"
+        )
+    if names.get("split", split) != split:
+        raise InputError(
+            f"--retriever: {folder} holds states for the split {names['split']!r}, expected "
+            f"{split!r} as --split says; give the folder {split} beside it, or another --split"
         )
     path = folder / "embeddings.safetensors"
     try:
@@ -127,14 +145,16 @@ def check_retriever(folder: str | Path) -> None:
         ) from None
 
 
-def load_retriever(folder: str | Path) -> Retriever:
-    """What train_brmrs.py left in its finished OUT folder, on the CPU."""
-    check_retriever(folder)
+def load_retriever(folder: str | Path, split: str = "test") -> Retriever:
+    """What a recommender left in its finished folder, on the CPU, for the examples of a split."""
+    check_retriever(folder, split)
     names = read_object(Path(folder) / "names.json")
     found = load_file(Path(folder) / "embeddings.safetensors")
-    users, items = tuple(names["users"]), tuple(names["items"])
+    users, items, targets = (tuple(names.get(kind, ())) for kind in ("users", "items", "targets"))
     seen = Seen(*found["train"], len(users))
-    return Retriever(users, items, found["user"], found["item"], seen)
+    return Retriever(
+        users, items, found["user"], found["item"], seen, targets, names.get("data")
+    )
 
 
 # ---- retrieving ----
@@ -143,7 +163,7 @@ def load_retriever(folder: str | Path) -> Retriever:
 def retrieved(held: HeldOut, config: EvalConfig) -> tuple[list[Example], np.ndarray, float]:
     """What `--retriever` finds for the users asked for, see `retrieve`, and the seconds it took."""
     examples = held.asked(held.every)
-    retriever = load_retriever(config.retriever)
+    retriever = load_retriever(config.retriever, config.split)
     start = time.perf_counter()
     had = [held.interactions.before(example.user, config.split) for example in examples]
     found, places = retrieve(retriever, held.catalog, examples, had, config.top_n, config.seed)
@@ -172,7 +192,7 @@ def retrieve(
         InputError: the retriever knows other items, or does not know a user; fewer than n items are
             left.
     """
-    users = _retriever_rows(retriever, catalog, examples)  # (T,)
+    users = retriever_rows(retriever, catalog, examples)  # (T,)
     # The retriever masks training items alone; what a user had since are validation items.
     best = retriever.top_n(users, n, had)  # (T, n)
     place = retriever.places(users, best, had).numpy()  # (T, n)
@@ -185,21 +205,41 @@ def retrieve(
     return found, np.array(places)
 
 
-def _retriever_rows(
+def retriever_rows(
     retriever: Retriever, catalog: Catalog, examples: Sequence[Example]
 ) -> Tensor:
-    """The retriever's row of each example's user: (T,) int64."""
+    """The retriever's row of each example: (T,) int64. InputError where it has none."""
     if retriever.items != catalog.ids:
         raise InputError(
             f"--retriever: it ranks {len(retriever.items)} items, {catalog.directory} has "
             f"{len(catalog.ids)} or others, expected the same in the same order; train it on this "
             "data"
         )
-    row = {user: number for number, user in enumerate(retriever.users)}
-    unknown = [example.user for example in examples if example.user not in row]
-    if unknown:
-        raise InputError(
-            f"--retriever: it does not know user {unknown[0]!r}, expected all {len(examples)} "
-            "users; train it on this data"
-        )
-    return torch.tensor([row[example.user] for example in examples])
+    keys: list[Any] = [example.user for example in examples]
+    known: list[Any] = list(retriever.users)
+    if retriever.targets:
+        if retriever.data != data_hash(catalog):
+            raise InputError(
+                f"--retriever: its states were made from data of hash {retriever.data}, expected "
+                f"{data_hash(catalog)} of {catalog.directory}; train it on this data"
+            )
+        keys = _numbered((example.user, catalog.ids[example.target]) for example in examples)
+        known = _numbered(zip(retriever.users, retriever.targets, strict=True))
+    row = {key: number for number, key in enumerate(known)}
+    for example, key in zip(examples, keys, strict=True):
+        if key not in row:
+            raise InputError(
+                f"--retriever: it does not know user {example.user!r}, expected all "
+                f"{len(examples)} examples; train it on this data"
+            )
+    return torch.tensor([row[key] for key in keys])
+
+
+def _numbered(keys: Iterable[Any]) -> list[tuple[Any, int]]:
+    """Each key with the number of equal ones before it."""
+    count: Counter[Any] = Counter()
+    found = []
+    for key in keys:
+        found.append((key, count[key]))
+        count[key] += 1
+    return found

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hanorec.base.config import DataConfig, EvalConfig
+from hanorec.base.config import NEGATIVES, DataConfig, EvalConfig
 from hanorec.base.config_steps import StepConfig
 from hanorec.base.errors import InputError
-from hanorec.base.files import sha256
+from hanorec.base.files import read_object, sha256
 from hanorec.datasets.catalog import data_hash
 from hanorec.lora.folder import adapter_config, check_adapter
 from hanorec.lora.stack import base_fingerprint, checkpoint_fingerprint
@@ -25,8 +25,9 @@ from hanorec.run.reference import read_reference
 
 
 def check_training(configs: Sequence[Any]) -> None:
-    """InputError where --sft is no adapter, or --reference no file of reference log-probabilities,
-    or --images is for evaluation alone, or a reading of the step does not go with the rest.
+    """InputError where --sft is no adapter, --reference no file of reference log-probabilities,
+    --negatives no file that can be read, or --images is for evaluation alone, or settings do not go
+    together.
 
     configs: of a training script, of which some have these settings.
     """
@@ -40,13 +41,20 @@ def check_training(configs: Sequence[Any]) -> None:
             check_named_adapter("--sft", config.sft)
         if getattr(config, "reference", "once") != "once":
             read_reference(Path(config.reference))
+        if getattr(config, "negatives", "random") not in NEGATIVES:
+            read_object(Path(config.negatives))
+            if configs[1].targets > 1:
+                raise InputError(
+                    f"--negatives {config.negatives} with --targets {configs[1].targets}: expected "
+                    "random, same or chns, since the file has one item for each prompt, not a list"
+                )
         if isinstance(config, StepConfig):
             config.check_with(*configs[1:4])
 
 
 def check_evaluation(data: DataConfig, config: EvalConfig) -> None:
-    """InputError where an --adapter is none, or --retriever no finished folder, or --targets or
-    --answers do not go with the rest."""
+    """InputError where an --adapter is none, or --retriever no folder for this split, or --targets
+    or --answers do not go with the rest."""
     other = config.retriever is not None or config.user is not None
     if data.targets > 1 and (config.answers == "scored" or config.sets != "both" or other):
         raise InputError(
@@ -63,7 +71,7 @@ def check_evaluation(data: DataConfig, config: EvalConfig) -> None:
         if policy != "base":
             check_named_adapter("--adapter", policy)
     if config.retriever is not None:
-        check_retriever(config.retriever)
+        check_retriever(config.retriever, config.split)
 
 
 def check_named_adapter(flag: str, folder: str) -> None:
@@ -98,7 +106,7 @@ def training_inputs(
         "adapter": sft and sha256(Path(sft) / "adapter_model.safetensors"),
         "adapter_stack": sft and _stack_sha256(Path(sft)),
         "data": data_hash(builder.catalog),
-        **_seen(builder),
+        **seen_inputs(builder),
         "stands_on": base_fingerprint(builder.backbone.model),
         "prompts": _prompts_sha256(rows),
     }
@@ -109,10 +117,10 @@ def evaluation_inputs(
 ) -> dict[str, str]:
     """Hashes of what was evaluated on what."""
     policies = config.adapter or ["base"]
-    return input_hashes(held, builder.config, config, policies) | _seen(builder)
+    return input_hashes(held, builder.config, config, policies) | seen_inputs(builder)
 
 
-def _seen(builder: PromptBuilder) -> dict[str, str]:
+def seen_inputs(builder: PromptBuilder) -> dict[str, str]:
     """Of the base and of what it is shown, beside titles and interactions."""
     backbone = builder.backbone
     processor = backbone.image_processor

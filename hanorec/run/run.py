@@ -185,7 +185,8 @@ class Run:
         bar = tqdm(plan[done:], self.out.name, initial=done, total=len(plan), disable=None)
         for self.step, (epoch, batch) in enumerate(bar, done):
             self.rate = self.train.learning_rate * cosine(self.step, len(plan))
-            optimizer.param_groups[0]["lr"] = self.rate
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate
             yield self.step, epoch, batch
             # Safe here: the loop asks for the next step once it has updated and logged this one. If
             # it failed on the way, it never comes back, and nothing of the step is kept.

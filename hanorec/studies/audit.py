@@ -3,8 +3,8 @@
     python -m hanorec.studies.audit run RUN
         Posterland: SFT, HaNoRec and w/o NoDO (5 epochs), the binary task; about 12 CPU minutes
     python -m hanorec.studies.audit PART [RUN]
-        lambda, rewards, crossover, nodo, checkpointing, auc read RUN; eta, micro, chance, synergy
-        do not
+        lambda, rewards, crossover, nodo, checkpointing, forgotten, auc read RUN; eta, micro,
+        chance, synergy do not
     python -m hanorec.studies.audit titles DATA ...
         DATA: folders in the native layout
     python -m hanorec.studies.audit length MODEL DATA [ADAPTER] [--users N]
@@ -21,7 +21,8 @@ import torch
 
 from hanorec.base.command import run
 from hanorec.studies.audit_candidates import part_chance, part_titles
-from hanorec.studies.audit_noise import part_checkpointing, part_nodo, part_rewards
+from hanorec.studies.audit_checkpointing import part_checkpointing, part_forgotten
+from hanorec.studies.audit_noise import part_nodo, part_rewards
 from hanorec.studies.audit_run import SEED, make_run
 from hanorec.studies.audit_scores import part_auc, part_length, part_synergy
 from hanorec.studies.audit_weights import part_crossover, part_eta, part_lambda, part_micro
@@ -35,6 +36,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "crossover": part_crossover,
     "nodo": part_nodo,
     "checkpointing": part_checkpointing,
+    "forgotten": part_forgotten,
     "auc": part_auc,
     "chance": part_chance,
     "synergy": part_synergy,

@@ -1,20 +1,15 @@
 """Parts of `hanorec.studies.audit` about NoDO's noise: what it does to rewards and to weights."""
 
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from hanorec.hars import responsiveness, reward_gap
 from hanorec.lora.layer import LoRALinear, adapters_off, lora_layers, lora_noise
-from hanorec.mllm.backbone import Backbone, use_checkpointing
-from hanorec.mllm.collate import Batch, collate
-from hanorec.mllm.forward import forward, score_rows
-from hanorec.scoring import answer_log_probs
+from hanorec.mllm.forward import score_rows
 from hanorec.studies.audit_run import BETA0, SEED, gaps, load_policy, table
 
 SIGMAS = (0.01, 0.05, 0.1)
@@ -109,62 +104,3 @@ def _sizes(layer: LoRALinear, sigma: float) -> tuple[float, float, float, float]
     learnt = (layer.B @ layer.A).norm().item()
     parts = fresh, expected, change.norm().item(), learnt
     return tuple(layer.scale * part / whole for part in parts)
-
-
-# ---- entry 7: checkpointing ----
-
-
-def part_checkpointing(out: Path) -> None:
-    """The adapter's gradient on one micro-batch, where backward is inside the noise or after it."""
-    grads = {}  # (checkpointed, sigma, inside) -> gradient, where there is one
-    for checkpointed in (False, True):
-        backbone, builder, rows = load_policy(out, "HaNoRec")
-        if checkpointed:
-            use_checkpointing(backbone)
-        backbone.model.train()
-        batch = collate(backbone, rows[:4], builder.pictures)
-        for sigma, inside, gradient in _gradients(backbone, batch):
-            grads[checkpointed, sigma, inside] = gradient
-
-    rows = []
-    for sigma in SIGMAS:
-        right = grads[False, sigma, True]
-        for name, key in (
-            ("no checkpointing, backward after the noise", (False, sigma, False)),
-            ("checkpointing, backward inside", (True, sigma, True)),
-            ("checkpointing, backward after", (True, sigma, False)),
-        ):
-            if key in grads:
-                error = (grads[key] - right).norm() / right.norm()
-                cosine = F.cosine_similarity(grads[key], right, dim=0)
-                rows.append([sigma, name, error.item(), cosine.item()])
-    table("σ_n | | error of the gradient, relative | cosine with the right one", rows)
-
-
-def _gradients(backbone: Backbone, batch: Batch) -> Iterator[tuple[float, bool, Tensor]]:
-    """sigma, whether backward was inside the noise, and the adapter's gradient, flat.
-
-    Where backward finds that the noise is gone, it says so, and there is no gradient.
-    """
-    trained = []
-    for layer in lora_layers(backbone.model).values():
-        trained += [layer.A.requires_grad_(), layer.B.requires_grad_()]
-    for sigma in SIGMAS:
-        with lora_noise(backbone.model, sigma, _draws()):
-            found = torch.autograd.grad(_loss(backbone, batch), trained)
-        yield sigma, True, torch.cat([g.flatten() for g in found])
-
-        with lora_noise(backbone.model, sigma, _draws()):
-            loss = _loss(backbone, batch)
-        try:
-            found = torch.autograd.grad(loss, trained)
-        except RuntimeError as error:
-            print(f"σ_n {sigma}, recomputed without the noise: {type(error).__name__}")
-            continue
-        yield sigma, False, torch.cat([g.flatten() for g in found])
-
-
-def _loss(backbone: Backbone, batch: Batch) -> Tensor:
-    """DPO-2 without a reference: one pair a prompt."""
-    log_probs = answer_log_probs(forward(backbone, batch), batch)  # (P, 2)
-    return -F.logsigmoid(BETA0 * (log_probs[:, 0] - log_probs[:, 1])).mean()

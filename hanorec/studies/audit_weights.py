@@ -104,16 +104,16 @@ def part_eta(_: Path) -> None:
         ["R / 1000", eta_of(R / 1000)],
     ])
 
-    print("\nη = σ(1 + 2 (1 - m) / (P - 2)) / σ(1), m = (min R + max R) / (2 mean R)")
+    print("\nη = σ(1 + 2 (1 - c) / (P - 2)) / σ(1), c = (min R + max R) / (2 mean R)")
     shape = rng.standard_normal(32)
     shape = (shape - shape.mean()) / shape.std()
     rows = []
-    for c in (1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, -0.001, -0.01, -0.1):
-        m = ((c + shape).min() + (c + shape).max()) / 2 / c
-        closed = 1 / (1 + math.exp(-1 - 2 * (1 - m) / 30)) * (1 + math.exp(-1))
-        rows.append([c, m, closed, eta_of(c + shape), eta_of(c - shape)])
+    for mean in (1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, -0.001, -0.01, -0.1):
+        c = ((mean + shape).min() + (mean + shape).max()) / 2 / mean
+        closed = 1 / (1 + math.exp(-1 - 2 * (1 - c) / 30)) * (1 + math.exp(-1))
+        rows.append([mean, c, closed, eta_of(mean + shape), eta_of(mean - shape)])
     table(
-        "mean / std of R | m | η by the closed form | η, P = 32 draws of one shape | the same, "
+        "mean / std of R | c | η by the closed form | η, P = 32 draws of one shape | the same, "
         "extremes mirrored",
         rows)
 

@@ -1,11 +1,12 @@
 """What `hanorec.studies.brmrs_ablation` reads from its runs, as a table."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hanorec.metrics import shown_test
+from hanorec.studies.tables import head, line, percent
 
 METRICS = ["Recall@10", "Recall@20", "NDCG@10", "NDCG@20"]
 
@@ -20,18 +21,18 @@ def table(results: Mapping[str, Any]) -> str:
     """Markdown, in percent."""
     seeds, rows = len(results["seed"]), results["rows"]
     lines = [f"Test, mean ± deviation over {seeds} seed(s), percent.\n"]
-    lines += _head(["row", *METRICS, "epochs"])
+    lines += head(["row", *METRICS, "epochs"])
     for name, row in rows.items():
         epochs = f"{np.mean(row['epochs']):.0f}"
-        lines.append(_line([name, *_cells(row, METRICS), epochs]))
+        lines.append(line([name, *_cells(row, METRICS), epochs]))
 
     if all(row["test"].keys() >= set(BRANCHES) for row in rows.values()):
         lines.append(
             "\nBranches, test, percent. Shares of targets by which branch has them in its top "
             "20.\n"
         )
-        lines += _head(["row", *BRANCHES])
-        lines += [_line([name, *_cells(row, BRANCHES)]) for name, row in rows.items()]
+        lines += head(["row", *BRANCHES])
+        lines += [line([name, *_cells(row, BRANCHES)]) for name, row in rows.items()]
 
     paired = results["paired"]
     lines.append(
@@ -39,28 +40,14 @@ def table(results: Mapping[str, Any]) -> str:
         "The seeds are averaged first, so the interval holds their mean fixed. "
         f"{len(paired)} tests: one in twenty below 0.05 is to be expected by chance.\n"
     )
-    lines += _head(["row - control", *TESTED])
+    lines += head(["row - control", *TESTED])
     for i in range(0, len(paired), len(TESTED)):
         tests = paired[i : i + len(TESTED)]  # of one row and one control
         cells = [f"{shown_test(t, 4)}, {t['seeds_above']} of {seeds}" for t in tests]
-        lines.append(_line([f"{tests[0]['row']} - {tests[0]['against']}", *cells]))
+        lines.append(line([f"{tests[0]['row']} - {tests[0]['against']}", *cells]))
     return "\n".join(lines) + "\n"
-
-
-def _head(columns: Sequence[str]) -> list[str]:
-    return [_line(columns), "---|" * (len(columns) - 1) + "---"]
-
-
-def _line(cells: Iterable[str]) -> str:
-    return " | ".join(cells)
 
 
 def _cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     """Mean and, over several seeds, deviation of each metric on test."""
-    cells = []
-    for metric in metrics:
-        values = row["test"][metric]
-        cells.append(f"{100 * np.mean(values):.2f}")
-        if len(values) > 1:
-            cells[-1] += f" ± {100 * np.std(values, ddof=1):.2f}"
-    return cells
+    return [percent(row["test"][metric]) for metric in metrics]

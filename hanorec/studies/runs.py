@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,81 @@ def folder_name(row: str) -> str:
     return re.sub(r"[^\w.]+", "-", row).strip("-")
 
 
-def settings(kinds: Sequence[type], flags: Sequence[str], name: str) -> dict[str, Any]:
-    """What the script `name` makes of these flags, but for the places, which differ from row to
-    row."""
-    found = all_settings(parse(kinds, [*flags, "--out", "."], command=name))
+def settings(kinds: Sequence[type], flags: Sequence[str]) -> dict[str, Any]:
+    """What a script makes of these flags, but for the places, which differ from row to row."""
+    found = all_settings(parse(kinds, [*flags, "--out", "."]))
     return {name: value for name, value in found.items() if name not in ("out", "adapter")}
+
+
+def train_script(name: str, flags: Sequence[str], out: Path, spent: Path) -> None:
+    """`train_once` by a script of the repository's root."""
+    last = "adapter_config.json"
+    train_once(lambda argv: script(name).main(argv), TRAINING[name], flags, out, last, spent)
+
+
+def train_once(
+    main: Callable[[list[str]], None], kinds: Sequence[type], flags: Sequence[str], out: Path,
+    last: str, spent: Path,
+) -> None:
+    """Run a command of training, unless what it writes last is in `out`.
+
+    Args:
+        kinds: the settings that its flags fill. spent: receives its CPU seconds.
+    Raises:
+        InputError: what is finished was made with other settings.
+    """
+    if not (out / last).exists():
+        timed(spent, lambda: main([*flags, "--out", str(out)]))
+    check_settings(out, settings(kinds, flags))
+
+
+def timed(spent: Path, start: Callable[[], None]) -> None:
+    """Do something and keep its CPU seconds."""
+    begin = time.process_time()
+    start()
+    write_json(spent, time.process_time() - begin)
+
+
+def seconds(spent: Path) -> float | None:
+    """What `timed` kept; None where the process was killed before it could."""
+    return read_json(spent) if spent.exists() else None
+
+
+def is_evaluated(report: Path) -> bool:
+    """Whether the folder has a whole evaluation; what a killed one left is removed."""
+    if (report / "run.json").exists():  # written last
+        return True
+    for half in report.glob("*"):
+        half.unlink()
+    return False
+
+
+def read_report(report: Path) -> dict[str, Any]:
+    """An evaluation of one policy, as it lies on disk.
+
+    Returns:
+        {"sets": {set: the policy's report, with users, popularity and chance},
+        "evaluated_on": {input: hash}}
+    """
+    inputs = read_object(report / "run.json")["inputs"]
+    sets = {}
+    for kind, one in read_object(report / "metrics.json")["sets"].items():
+        policy = next(iter(one["policies"].values()))
+        known = {key: one[key] for key in ("users", "popularity", "chance")}
+        sets[kind] = {**policy, **known}
+    read = [key for key in inputs if key in SEEN or key.startswith("candidates_")]
+    return {"sets": sets, "evaluated_on": {key: inputs[key] for key in read}}
+
+
+def check_inputs(
+    here: Path, row: str, inputs: Mapping[str, str], wanted: Mapping[str, str], of: str,
+) -> None:
+    """InputError where a row was evaluated on other data or candidates than those `of` another."""
+    for key, value in wanted.items():
+        if (other := inputs.get(key)) != value:
+            raise InputError(
+                f"{here}: the row {row!r} was evaluated on {key} of hash {other}, expected "
+                f"{value} as for {of}: the data folder was changed; choose another --out")
 
 
 def run_row(
@@ -46,40 +116,21 @@ def run_row(
         name: of the script, or "" for the base model.
         flags, test: all that the script and evaluate.py need but `--out`.
     Returns:
-        {"sets": {set: the policy's report, with users, popularity and chance},
-        "evaluated_on": {input: hash}, "cpu_seconds": of training, or None}
+        What `read_report` does, and "cpu_seconds" of training, or None.
     Raises:
         InputError: what is finished was made with other settings.
     """
     folder = folder_name(row)
-    split = settings(EVALUATION, test, "evaluate")["split"]
+    split = settings(EVALUATION, test)["split"]
     out, report, spent = here / folder, here / split / folder, here / "cpu" / f"{folder}.json"
     if name:
-        if not (out / "adapter_config.json").exists():
-            start = time.process_time()
-            script(name).main([*flags, "--out", str(out)])
-            write_json(spent, time.process_time() - start)
-        check_settings(out, settings(TRAINING[name], flags, name))
+        train_script(name, flags, out, spent)
 
-    if not (report / "run.json").exists():  # written last
-        for half in report.glob("*"):
-            half.unlink()
+    if not is_evaluated(report):
         adapter = str(out) if name else "base"
         script("evaluate").main([*test, "--adapter", adapter, "--out", str(report)])
-    check_settings(report, settings(EVALUATION, test, "evaluate"))
-
-    inputs = read_object(report / "run.json")["inputs"]
-    sets = {}
-    for kind, one in read_object(report / "metrics.json")["sets"].items():
-        policy = next(iter(one["policies"].values()))
-        known = {key: one[key] for key in ("users", "popularity", "chance")}
-        sets[kind] = {**policy, **known}
-    read = [key for key in inputs if key in SEEN or key.startswith("candidates_")]
-    return {
-        "sets": sets,
-        "evaluated_on": {key: inputs[key] for key in read},
-        "cpu_seconds": read_json(spent) if spent.exists() else None,
-    }
+    check_settings(report, settings(EVALUATION, test))
+    return {**read_report(report), "cpu_seconds": seconds(spent)}
 
 
 def run_rows(
@@ -115,17 +166,13 @@ def run_rows(
 
     for name, stage in plan.values():
         if name:  # a wrong flag of any row ends the command before the first one trains
-            settings(TRAINING[name], stage, name)
+            settings(TRAINING[name], stage)
 
     lock_folder(here)
     found: dict[str, dict[str, Any]] = {}
     for row, (name, stage) in plan.items():
         print(f"\n{here}: {row}")
         found[row] = run_row(here, row, name, stage, test)
-        for key, value in found["base"]["evaluated_on"].items():
-            if (other := found[row]["evaluated_on"].get(key)) != value:
-                raise InputError(
-                    f"{here}: the row {row!r} was evaluated on {key} of hash {other}, expected "
-                    f"{value} as for the base model: the data folder was changed; choose another "
-                    "--out")
+        wanted = found["base"]["evaluated_on"]
+        check_inputs(here, row, found[row]["evaluated_on"], wanted, "the base model")
     return found

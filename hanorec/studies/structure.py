@@ -30,9 +30,11 @@ FLOORS = [
     ("ranking", ["hanorec/ranking"], "ranking the whole catalogue, and reranking"),
     ("brmrs", ["hanorec/brmrs"], "the model of BR-MRS"),
     ("run", ["hanorec/run"], "a training run: folder, log, checkpoints, reference"),
+    ("baselines", ["hanorec/baselines"], "the systems that HaNoRec is compared with"),
     (
         "studies",
-        ["hanorec/studies", "hanorec/demo.py", "hanorec/export.py", "hanorec/check.py"],
+        ["hanorec/studies", "hanorec/demo.py", "hanorec/export.py", "hanorec/check.py",
+         "hanorec/baselines/__main__.py"],
         "commands that run the scripts, compare and draw",
     ),
     ("scripts", ["."], "the loops, to be read from top to bottom"),

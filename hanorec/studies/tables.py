@@ -45,24 +45,33 @@ def _summarise_set(seeds: Sequence[Mapping[str, dict[str, Any]]], kind: str) -> 
     sets = []  # a seed: {row: its evaluation on this candidate set}
     for seed in seeds:
         sets.append({row: one["sets"][kind] for row, one in seed.items()})
-    users = [_users(one["SFT"]) for one in sets]
-    shared = all(of_seed == users[0] for of_seed in users)
-
-    rows: dict[str, Any] = {}
-    for row in seeds[0]:
-        rows[row] = {
-            "values": _values([one[row] for one in sets]),
-            "cpu_seconds": [seed[row]["cpu_seconds"] for seed in seeds],
-        }
-        if row != CONTROL:
-            own = [one[row]["rows"]["NDCG@3"] for one in sets]
-            control = [one[CONTROL]["rows"]["NDCG@3"] for one in sets]
-            rows[row]["against_control"] = _against(own, control, shared)
+    found = compare_rows(sets, CONTROL, METRICS)
+    for row, one in found["rows"].items():
+        one["cpu_seconds"] = [seed[row]["cpu_seconds"] for seed in seeds]
     for name in ("popularity", "chance"):
-        rows[name] = {"values": _values([one["SFT"][name] for one in sets])}
+        found["rows"][name] = {"values": values_of([one["SFT"][name] for one in sets], METRICS)}
+    return found
+
+
+def compare_rows(
+    sets: Sequence[Mapping[str, dict[str, Any]]], control: str, metrics: Sequence[str],
+) -> dict[str, Any]:
+    """Every row over the seeds, and against the control where there is one.
+
+    sets: a seed's {row: its evaluation on one candidate set}.
+    """
+    users = [_users(next(iter(one.values()))) for one in sets]
+    shared = all(of_seed == users[0] for of_seed in users)
+    rows: dict[str, Any] = {}
+    for row in sets[0]:
+        rows[row] = {"values": values_of([one[row] for one in sets], metrics)}
+        if row != control and control in sets[0]:
+            own = [one[row]["rows"]["NDCG@3"] for one in sets]
+            other = [one[control]["rows"]["NDCG@3"] for one in sets]
+            rows[row]["against_control"] = _against(own, other, shared)
 
     count = len(users[0]) if shared else sum(len(of_seed) for of_seed in users)
-    return {"users": count, "seeds": len(seeds), "same_users": shared, "rows": rows}
+    return {"users": count, "seeds": len(sets), "same_users": shared, "rows": rows}
 
 
 def _users(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -70,10 +79,12 @@ def _users(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [(user["user"], user["target"], *user["candidates"]) for user in evaluation["users"]]
 
 
-def _values(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+def values_of(
+    seeds: Sequence[Mapping[str, Any]], metrics: Sequence[str],
+) -> dict[str, list[float]]:
     """Metric -> its value in each seed."""
     values = {}
-    for metric in METRICS:
+    for metric in metrics:
         values[metric] = [one["metrics"][metric]["value"] for one in seeds]
     return values
 
@@ -104,11 +115,10 @@ def table(results: Mapping[str, Any], split: str) -> str:
     lines = []
     for data, sets in results.items():
         for kind, one in sets.items():
-            lines += [_caption(data, kind, split, one), " | ".join(COLUMNS)]
-            lines.append("---|" * (len(COLUMNS) - 1) + "---")
+            lines += [_caption(data, kind, split, one), *head(COLUMNS)]
             known = ["chance", "popularity"]
             for row in [*known, *(name for name in one["rows"] if name not in known)]:
-                lines.append(" | ".join([row, *_cells(row, one["rows"][row], one["seeds"])]))
+                lines.append(line([row, *_cells(row, one["rows"][row], one["seeds"])]))
     return "\n".join(lines) + "\n"
 
 
@@ -124,29 +134,48 @@ def _caption(data: str, kind: str, split: str, one: Mapping[str, Any]) -> str:
 
 def _cells(row: str, entry: Mapping[str, Any], seeds: int) -> list[str]:
     """All columns of a row but its name."""
-    cells = []
-    for metric in METRICS:
-        values = entry["values"][metric]
-        cells.append(f"{100 * np.mean(values):.2f}")
-        if len(values) > 1 and row != "chance":
-            cells[-1] += f" ± {100 * np.std(values, ddof=1):.2f}"
-
-    test = entry.get("against_control")
-    if test is None:
-        cells += [""] * 4
-    else:
-        spread = test["over_seeds"]
-        cells += [
-            f"{100 * test['difference']:+.2f}",
-            _interval([test["low"], test["high"]]),
-            _interval(spread) if spread else "",
-            f"{test['above']} of {seeds}",
-        ]
-
-    cpu = [seconds for seconds in entry.get("cpu_seconds", []) if seconds is not None]
-    cells.append(f"{np.mean(cpu):.0f}" if cpu else "")
+    cells = [percent(entry["values"][metric], row != "chance") for metric in METRICS]
+    cells += against_cells(entry, seeds)
+    cells.append(mean_cell(entry.get("cpu_seconds", [])))
     cells.append(f"{PUBLISHED[row]:.2f}" if row in PUBLISHED else "")
     return cells
+
+
+def head(columns: Sequence[str]) -> list[str]:
+    """The two lines above a table's rows."""
+    return [line(columns), "---|" * (len(columns) - 1) + "---"]
+
+
+def line(cells: Iterable[str]) -> str:
+    return " | ".join(cells)
+
+
+def percent(values: Sequence[float], spread: bool = True) -> str:
+    """The mean over the seeds and, of several, their deviation."""
+    cell = f"{100 * np.mean(values):.2f}"
+    if len(values) > 1 and spread:
+        cell += f" ± {100 * np.std(values, ddof=1):.2f}"
+    return cell
+
+
+def mean_cell(values: Sequence[float | None]) -> str:
+    """The mean of those that are known."""
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.0f}" if known else ""
+
+
+def against_cells(entry: Mapping[str, Any], seeds: int) -> list[str]:
+    """The difference to the control, its two intervals, and the seeds above."""
+    test = entry.get("against_control")
+    if test is None:
+        return [""] * 4
+    spread = test["over_seeds"]
+    return [
+        f"{100 * test['difference']:+.2f}",
+        _interval([test["low"], test["high"]]),
+        _interval(spread) if spread else "",
+        f"{test['above']} of {seeds}",
+    ]
 
 
 def _interval(ends: Iterable[float]) -> str:
