@@ -13,6 +13,7 @@ import pytest
 from hanorec import readings
 from hanorec.base import config
 from hanorec.base.config_brmrs import BrmrsConfig
+from hanorec.base.config_steps import StepConfig
 from hanorec.baselines.config import MatrixConfig, SequenceConfig
 from hanorec.baselines.config_llara import LlaraConfig
 from hanorec.baselines.picking import PickConfig
@@ -35,12 +36,18 @@ READING = re.compile(
     r"\| `(?P<function>[\w.]+)` \| (?P<source>\w+) \| `(?P<test>[\w/.:]+)` \|$",
     re.MULTILINE,
 )
+STEP = re.compile(
+    r"^\| `--(?P<flag>[\w-]+) (?P<value>\w+)` \| (?P<equation>HN-\d+) \| .+ "
+    r"\| (?P<source>\w+) \| `(?P<test>[\w/.:]+)` \|$",
+    re.MULTILINE,
+)
 # Dictionary of readings -> its equation, and the setting by which a run chooses from it.
 CHOSEN_BY = {
     "GAPS": ("HN-4", "gap_form"),
     "HARDNESS": ("HN-5", "hardness"),
     "CONTROLS": ("HN-5", "control"),
     "ETAS": ("HN-7", "eta"),
+    "KEPT": ("HN-11", "kept"),
     "NOISES": ("HN-9", "noise"),
 }
 
@@ -62,6 +69,11 @@ def entries() -> dict[str, str]:
 def table_of_readings() -> list[dict[str, str]]:
     """The rows of the page's table of readings."""
     return [row.groupdict() for row in READING.finditer(page())]
+
+
+def table_of_steps() -> list[dict[str, str]]:
+    """The rows of the page's table of steps."""
+    return [row.groupdict() for row in STEP.finditer(page())]
 
 
 def symbol_of(entry: str) -> object:
@@ -144,7 +156,7 @@ def test_each_option_named_is_a_setting(equation):
     field takes.
     """
     kinds = [config.ModelConfig, config.DataConfig, config.TrainConfig, config.DpoConfig]
-    kinds += [config.EvalConfig, PickConfig, LlaraConfig]
+    kinds += [config.EvalConfig, StepConfig, PickConfig, LlaraConfig]
     own = OWN_SETTINGS.get(equation.partition("-")[0])
     known = settings(*([own] if own else kinds))
     for flag, values in options(entries()[equation]):
@@ -174,14 +186,31 @@ def test_each_row_of_the_readings_is_true(row):
     table = getattr(readings, row["table"])
     equation, setting = CHOSEN_BY[row["table"]]
     assert table[row["name"]] is symbol(row["function"])
-    flag = settings(config.DpoConfig)[row["flag"]]
+    kind = StepConfig if row["table"] == "KEPT" else config.DpoConfig
+    flag = settings(kind)[row["flag"]]
     assert row["value"] in flag.type.__args__
-    chosen = config.DpoConfig(**{row["flag"]: row["value"]})
+    chosen = kind(**{row["flag"]: row["value"]})
     assert getattr(chosen, setting) == row["name"]
-    assert row["source"] in ("document", "release", "ours")
+    assert row["source"] in ("document", "release", "ours", "other")
     assert row["source"] == "document" or row["name"] != next(iter(table))
     path, _, test = row["test"].partition("::")
     assert equation in marks(ROOT / path)[test]
+
+
+def test_the_table_of_steps_is_that_of_the_settings():
+    """Every value but the default of every setting of the step has a row: its flag, the equation
+    that is read, who reads it so, and a test that carries the equation's mark.
+    """
+    wanted = []
+    for field in dataclasses.fields(StepConfig):
+        if field.name != "kept":  # a table of its own
+            values = [v for v in getattr(field.type, "__args__", ["N"]) if v != field.default]
+            wanted += [(field.name, "true" if field.type is bool else value) for value in values]
+    assert [(row["flag"].replace("-", "_"), row["value"]) for row in table_of_steps()] == wanted
+    for row in table_of_steps():
+        path, _, test = row["test"].partition("::")
+        assert row["equation"] in marks(ROOT / path)[test]
+        assert row["source"] in ("document", "release", "ours")
 
 
 def test_the_marks_are_equations():

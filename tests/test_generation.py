@@ -10,7 +10,7 @@ from hanorec.base.errors import InputError
 from hanorec.datasets.images import read_image
 from hanorec.lora.layer import language_model
 from hanorec.lora.stack import checkpoint_fingerprint
-from hanorec.mllm.backbone import use_segment_attention
+from hanorec.mllm.attention import use_segment_attention
 from hanorec.mllm.generation import BLOCKS, continued, generate, kept_texts
 from hanorec.mllm.load import load_backbone
 

@@ -29,9 +29,11 @@ EQUATIONS = {
     "hanorec/hars.py": {"torch", ERRORS},
     "hanorec/scoring.py": {"torch", "hanorec/losses.py"},
     "hanorec/metrics.py": {"numpy", ERRORS},
+    "hanorec/etas.py": {"torch", ERRORS, "hanorec/hars.py"},
     "hanorec/readings.py": {
         "torch",
         ERRORS,
+        "hanorec/etas.py",
         "hanorec/hars.py",
         "hanorec/losses.py",
         "hanorec/lora/layer.py",
@@ -83,18 +85,19 @@ MOST_IN_MAIN = 80
 PUBLIC = {
     "hanorec.topk": "topk_neighbors",
     "hanorec.hars": "fuse cluster_gap hardness reward_gap responsiveness pair_beta",
-    "hanorec.readings": "GAPS HARDNESS ETAS NOISES CONTROLS",
+    "hanorec.readings": "GAPS HARDNESS ETAS KEPT NOISES CONTROLS",
     "hanorec.losses": "sft_loss preference_logit dpo_loss",
     "hanorec.lora": "LoRALinear add_lora lora_noise adapters_off save_adapter load_adapter",
     "hanorec.metrics": "auc hit_rate ndcg",
     "hanorec.brmrs": "hard_negatives chns_loss synergy_loss bpr_loss",
 }
 READINGS = {
-    "GAPS": {"ranked", "cosine"},
+    "GAPS": {"ranked", "signed", "centroid", "cosine"},
     "HARDNESS": {"ratio", "standardised"},
-    "ETAS": {"ema"},
+    "ETAS": {"pair", "ema", "beta_dpo"},
+    "KEPT": {"inner", "near"},
     "NOISES": {"relative"},
-    "CONTROLS": {"reversed", "permuted", "mean"},
+    "CONTROLS": {"reversed", "permuted", "mean", "one"},
 }
 
 

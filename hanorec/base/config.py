@@ -48,6 +48,11 @@ class DataConfig:
         "authors' release, before its Yes or No (3 before an answer of three titles): how many "
         "past items the prompt shows",
     )
+    targets: int = option(
+        1,
+        "document; 3 (authors' release, hit3): the last 3 items are the answer of one row, newest "
+        "first, a title a line",
+    )
     candidates: int = option(10, "document: items to choose from, the chosen one and 9 negatives")
     images: Literal["own", "none", "shuffled"] = option(
         "own",
@@ -57,6 +62,12 @@ class DataConfig:
     candidate_images: Literal["on", "off"] = option(
         "on",
         "document: images of the candidates; off (authors' release) spares their tokens",
+    )
+    quotes: Literal["none", "chosen"] = option(
+        "none",
+        "ours; chosen (authors' release): the title of the user's item in quotes, a rejected one "
+        "bare, so that the form of an answer gives away which it is; evaluation writes all in "
+        "quotes",
     )
     max_title_tokens: int | None = option(
         None,
@@ -92,7 +103,13 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self, history=1, candidates=2, neighbors=1, users_seed=0, max_title_tokens=1)
+        check(self, history=1, targets=1, neighbors=1, users_seed=0, max_title_tokens=1)
+        check(self, candidates=self.targets + 1)
+        if self.targets > 1 and self.task == "binary":
+            raise InputError(
+                f"--targets {self.targets} with --task binary: expected --targets 1, since that "
+                "asks about one item; give it, or use --task ranking"
+            )
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,11 @@ class TrainConfig:
         8,
         "document: micro-batches in one optimizer step, in all: torchrun's processes divide its "
         "rows among them",
+    )
+    drop_last: bool = option(
+        False,
+        "ours: all rows of an epoch; true (authors' release): those that do not fill a micro-batch "
+        "are left out",
     )
     clip: float = option(1.0, "authors' release: largest norm of the gradient")
     seed: int = option(2025, "authors' release")
@@ -183,22 +205,24 @@ class DpoConfig:
         "input",
         "authors' release: HN-1 from input embeddings; hidden (ours): from last hidden states",
     )
-    gap: Literal["union", "ranked"] = option(
+    gap: Literal["union", "ranked", "signed", "centroid"] = option(
         "union",
-        "document's claim needs union; ranked is the authors' release (HN-4)",
+        "document's claim needs union; ranked is the authors' release; signed, centroid: ours "
+        "(HN-4)",
     )
     hardness: Literal["sigmoid", "ratio", "standardised"] = option(
         "sigmoid",
         "document; ratio: authors' release; standardised: ours (HN-5)",
     )
-    control: Literal["none", "reversed", "permuted", "mean"] = option(
+    control: Literal["none", "reversed", "permuted", "mean", "one"] = option(
         "none",
         "ours, controls: the same lambdas, but the largest for the hardest pair and so on, or "
-        "dealt out at random; or their mean for all",
+        "dealt out at random; or for all pairs their mean, or 1",
     )
-    eta: Literal["batch", "ema"] = option(
+    eta: Literal["batch", "pair", "ema", "beta_dpo"] = option(
         "batch",
-        "document; ema (ours) normalises by running statistics (HN-7)",
+        "document; pair (document, read otherwise): one for each pair; ema (ours) normalises by "
+        "running statistics; beta_dpo: the batch's factor of beta-DPO, another method (HN-7)",
     )
     trim: float | None = option(
         None,
@@ -285,6 +309,12 @@ class EvalConfig:
         "both",
         "candidate sets: random (document); hard (ours): near the positive; matched (ours): about "
         "as popular as the positive; both = random and hard",
+    )
+    answers: Literal["scored", "greedy", "sampled"] = option(
+        "scored",
+        "document: candidates by their scores; greedy, or sampled at temperature 0.95 and top-p "
+        "0.7 (authors' release): beside it what the policy writes, titles compared as texts; with "
+        "--task binary, Yes or No",
     )
     batch: int = option(4, "users in one forward")
     seed: int = option(2025, "seed of the candidate sets and of the intervals")

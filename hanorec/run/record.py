@@ -4,7 +4,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import transformers
 
 from hanorec.base import lock
 from hanorec.base.config import DataConfig, ModelConfig
+from hanorec.base.config_steps import StepConfig
 from hanorec.base.distributed import barrier, rank, world_size
 from hanorec.base.errors import InputError
 from hanorec.base.facts import check_facts
@@ -23,7 +24,13 @@ from hanorec.run.checkpoint import drop_checkpoints
 from hanorec.run.inputs import comparable, turn_sha256
 
 # What runs did before there was a setting for it, which they do not state.
-BEFORE = {"max_title_tokens": None, "images": "own"}
+# In prompts:
+BEFORE = {"max_title_tokens": None, "images": "own", "quotes": "none", "targets": 1}
+BEFORE_IN_RUNS = {
+    **BEFORE,
+    "drop_last": False,
+    **{field.name: field.default for field in fields(StepConfig)},
+}
 
 # ---- the folder ----
 
@@ -83,7 +90,7 @@ def _is_empty(out: Path) -> bool:
 def check_settings(out: Path, settings: Mapping[str, Any], what: str = "a run") -> None:
     """InputError where the run in `out` was started with other settings than these."""
     stored = read_object(out / "run.json").get("settings")
-    stored = BEFORE | stored if isinstance(stored, dict) else stored
+    stored = BEFORE_IN_RUNS | stored if isinstance(stored, dict) else stored
     check_facts(stored, settings, lambda name, found, wanted: (
         f"{out}: holds {what} with {name} = {found!r}, this command has {wanted!r}; give the same "
         "settings to go on, or choose another --out"
@@ -173,7 +180,7 @@ def prompt_settings(
         "candidate_images": data.candidate_images,
         "max_pixels": model.max_pixels,
     }
-    newer = {"max_title_tokens": data.max_title_tokens, "images": data.images}
+    newer = {name: getattr(data, name) for name in BEFORE}
     if backbone is not None:
         return {**settings, **newer, "turn": turn_sha256(backbone)}
     # As earlier versions stated them in reference.safetensors.
