@@ -23,7 +23,8 @@ from hanorec.run.checkpoint import drop_checkpoints
 from hanorec.run.inputs import comparable, turn_sha256
 
 # What runs did before there was a setting for it, which they do not state.
-BEFORE = {"max_title_tokens": None, "images": "own"}
+BEFORE = {"max_title_tokens": None, "images": "own"}  # in prompts
+BEFORE_IN_RUNS = {**BEFORE, "schedule": "cosine", "keep_epochs": []}
 
 # ---- the folder ----
 
@@ -83,7 +84,7 @@ def _is_empty(out: Path) -> bool:
 def check_settings(out: Path, settings: Mapping[str, Any], what: str = "a run") -> None:
     """InputError where the run in `out` was started with other settings than these."""
     stored = read_object(out / "run.json").get("settings")
-    stored = BEFORE | stored if isinstance(stored, dict) else stored
+    stored = BEFORE_IN_RUNS | stored if isinstance(stored, dict) else stored
     check_facts(stored, settings, lambda name, found, wanted: (
         f"{out}: holds {what} with {name} = {found!r}, this command has {wanted!r}; give the same "
         "settings to go on, or choose another --out"
