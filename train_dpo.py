@@ -2,13 +2,11 @@
 
     python train_dpo.py --model MODEL --sft SFT --data DATA --out OUT [--ablation no_hars] [...]
 
-The policy is the SFT policy with a fresh adapter on top, the reference the same network with that
-adapter off. OUT receives the adapter, a copy of the one below it, reference.safetensors (log pi_ref
-of every answer), pairs.tsv (lambda of every pair), log.jsonl and run.json. A run that was killed
-goes on when the same command is given again.
+The policy is the SFT policy with a fresh adapter on top, the reference the same with it off. OUT
+receives the adapter, the one below it, reference.safetensors (log pi_ref of every answer),
+pairs.tsv (lambda of every pair), log.jsonl and run.json. A killed run goes on by the same command.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,93 +14,96 @@ import torch
 from hanorec.base import command
 from hanorec.base.batches import gather_batch, micro_batches
 from hanorec.base.config import DataConfig, DpoConfig, ModelConfig, TrainConfig
+from hanorec.base.config_steps import StepConfig
 from hanorec.base.settings import parse
 from hanorec.hars import pair_beta, reward_gap
 from hanorec.lora import lora_noise
 from hanorec.losses import dpo_loss, prompt_logits
-from hanorec.mllm.forward import forward, reference_kl, score_batches
+from hanorec.mllm.forward import forward, score_batches
 from hanorec.mllm.tasks import load_examples, preferences
 from hanorec.readings import CONTROLS, ETAS, GAPS, HARDNESS, NOISES
 from hanorec.run.log import span, spread, write_pairs
 from hanorec.run.run import Run
+from hanorec.run.steps import Stage, Taken, step_for
 from hanorec.scoring import answer_log_probs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    kinds = [ModelConfig, DataConfig, TrainConfig, DpoConfig]
-    _, data, train, dpo = configs = parse(kinds, argv, __doc__)
+    kinds = [ModelConfig, DataConfig, TrainConfig, DpoConfig, StepConfig]
+    _, data, train, dpo, readings = configs = parse(kinds, argv, __doc__)
     run = Run(configs)
     backbone = run.load_backbone()
-    policy, device = backbone.model, backbone.device
     builder, examples = load_examples(backbone, data, train)
     prompts = preferences(builder, examples, train.seed, dpo.rejected, dpo.negatives)
     rows = [prompt.row for prompt in prompts]  # P prompts, each with y_w and n times y_l
-    plan = run.plan(rows, backbone, least=math.ceil(3 / dpo.rejected))  # HN-7: 3 pairs a step
+    plan = run.plan(rows, backbone, least=-(-3 // dpo.rejected))  # HN-7: 3 pairs a step
+    take_step = step_for(readings, backbone, plan, train, dpo, document_step)
 
     # HaRS before training: lambda of every pair, from the base model's view of the items.
-    l = torch.tensor([prompt.rejected for prompt in prompts], device=device)  # (P, n)
-    w = torch.tensor([prompt.chosen for prompt in prompts], device=device)[:, None].expand_as(l)
-    lam = torch.ones(l.shape, device=device)  # (P, n)
+    items = torch.tensor([[p.chosen, *p.rejected] for p in prompts], device=backbone.device)
+    w, l = items[:, :1].expand_as(items[:, 1:]), items[:, 1:]  # (P, n)
+    lam = torch.ones(l.shape, device=l.device)  # (P, n)
     if dpo.hars:
         e, scores, index = builder.neighbors(dpo.k, dpo.embedding)  # HN-1, HN-2, HN-3
         delta = GAPS[dpo.gap_form](e, scores, index, w.flatten(), l.flatten())  # HN-4: (P n,)
         lam = HARDNESS[dpo.hardness](delta)  # HN-5: (P n,)
         lam = CONTROLS[dpo.control](lam, run.generator("cpu")).view(l.shape)
 
-    trained = run.trainable_adapter(backbone)
+    trained = run.trainable_adapter(backbone, fresh=not readings.continue_sft)
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=0.0)
-    noise = run.generator(device, dpo.noise_ranks)
+    noise = run.generator(l.device, dpo.noise_ranks)
     run.describe(builder, pairs=l.numel(), sigma_n=dpo.sigma_n, lambda_range=span(lam))
     reference = run.reference(dpo.reference, builder, rows)  # (P, 1 + n): adapter off, once
     if dpo.hars:
         write_pairs(run.out / "pairs.tsv", builder.catalog.ids, prompts, e, delta, lam)
 
-    state: dict[str, float] = {}  # what a reading of eta carries from step to step
-    eta, beta = torch.ones(()), torch.full_like(lam, dpo.beta0)  # DPO-2, unless HaRS sets them
-    for step, epoch, batch in run.steps(plan, optimizer, state, noise=noise):
-        parts = micro_batches(batch, train.micro_batch)
-        micros = [builder.collate(rows, part) for part, _ in parts]
-        refs = [reference[part] for part, _ in parts]  # (b, 1 + n) each
+    stage = Stage(builder, prompts, reference, lam, noise, train, dpo)
+    for step, epoch, batch in run.steps(plan, optimizer, stage.state, noise=noise):
+        log_probs, eta, beta, loss, kl = take_step(stage, batch, step)
+        loss, kl = run.update([rows[i].name for i in batch], loss, kl)
 
-        # The clean policy's reward gaps: no noise, no dropout. At first it is the reference.
-        policy.eval()
-        if dpo.hars:
-            clean = score_batches(backbone, micros) if step > 0 else refs  # (b, 1 + n) each
-            h = prompt_logits(gather_batch(clean, len(batch)), reference[batch])  # DPO-1: (B, n)
-            R = reward_gap(h, dpo.beta0).flatten()  # HN-6: (B n,)
-            eta = ETAS[dpo.eta](R, state, dpo.trim)  # HN-7: one number for the global batch
-            beta = pair_beta(lam, eta, dpo.beta0)  # HN-8: (P, n)
-
-        # One draw of noise for the whole step: every forward and backward sees the same weights.
-        policy.train()
-        noisy, loss_sum, kl_sum = [], 0.0, 0.0
-        with lora_noise(policy, dpo.sigma_n, noise, NOISES[dpo.noise]):  # HN-9
-            for (part, weight), micro, ref in zip(parts, micros, refs, strict=True):
-                logits = forward(backbone, micro)  # HN-10: (b, L, V)
-                log_probs = answer_log_probs(logits, micro)  # (b, 1 + n)
-                noisy.append(log_probs.detach())
-                h = prompt_logits(log_probs, ref)  # DPO-1: (b, n)
-                loss = dpo_loss(h, beta[part], dpo.normalised_by)  # HN-11: (b, n)
-                loss = loss.sum() * weight / beta[batch].numel()
-                if dpo.with_kl:
-                    share = weight * len(micro.token) / sum(rows[i].answer_tokens for i in batch)
-                    kl = reference_kl(backbone, micro, logits)  # HN-12
-                    loss = loss + dpo.kl_coef * kl * share
-                    kl_sum += kl.item() * share
-                loss.backward()
-                loss_sum += loss.item()
-        loss_sum, kl_sum = run.update([rows[i].name for i in batch], loss_sum, kl_sum)
-
-        log_probs = gather_batch(noisy, len(batch))  # (B, 1 + n)
         rewards = dpo.beta0 * (log_probs - reference[batch])
         h = prompt_logits(log_probs, reference[batch])
         run.log(
-            step=step, epoch=epoch, loss=loss_sum, accuracy=(h > 0).float().mean(),
+            step=step, epoch=epoch, loss=loss, accuracy=(h > 0).float().mean(),
             chosen_reward=rewards[:, 0].mean(), rejected_reward=rewards[:, 1:].mean(),
-            margin=dpo.beta0 * h.mean().item(), **spread("lambda", lam[batch]), eta=eta,
-            **spread("beta", beta[batch]), kl=kl_sum if dpo.with_kl else None,
+            margin=dpo.beta0 * h.mean().item(), **spread("lambda", lam[batch]), eta=eta.mean(),
+            **spread("beta", beta), kl=kl if dpo.with_kl else None,
         )
-    run.finish(policy, stage="dpo", ablation=dpo.ablation)
+    run.finish(backbone.model, stage="dpo", ablation=dpo.ablation)
+
+
+def document_step(stage: Stage, batch: Sequence[int], step: int) -> Taken:
+    """One optimizer step on these B prompts, but for the update. Read otherwise: run/steps.py."""
+    builder, dpo, reference, lam = stage.builder, stage.dpo, stage.reference, stage.lam
+    policy = builder.backbone.model
+    parts = micro_batches(batch, stage.train.micro_batch)
+    micros = [builder.collate(stage.rows, part) for part, _ in parts]
+    refs = [reference[part] for part, _ in parts]  # (b, 1 + n) each
+
+    # The clean policy's reward gaps: no noise, no dropout. At first it is the reference.
+    policy.eval()
+    eta, beta = torch.ones(()), torch.full_like(lam, dpo.beta0)  # DPO-2, unless HaRS sets them
+    if dpo.hars:
+        clean = score_batches(builder.backbone, micros) if step > 0 else refs  # (b, 1 + n) each
+        h = prompt_logits(gather_batch(clean, len(batch)), reference[batch])  # DPO-1: (B, n)
+        R = reward_gap(h, dpo.beta0)  # HN-6: (B, n)
+        eta = ETAS[dpo.eta](R, stage.state, dpo.trim)  # HN-7: one number for the global batch
+        beta[batch] = pair_beta(lam[batch], eta, dpo.beta0)  # HN-8: (B, n)
+
+    # One draw of noise for the whole step: every forward and backward sees the same weights.
+    policy.train()
+    noisy, loss_sum = [], 0.0
+    with lora_noise(policy, dpo.sigma_n, stage.noise, NOISES[dpo.noise]):  # HN-9
+        for (part, weight), micro, ref in zip(parts, micros, refs, strict=True):
+            logits = forward(builder.backbone, micro)  # HN-10: (b, L, V)
+            log_probs = answer_log_probs(logits, micro)  # (b, 1 + n)
+            h = prompt_logits(log_probs, ref)  # DPO-1: (b, n)
+            loss = dpo_loss(h, beta[part]).sum() * weight / lam[batch].numel()  # HN-11, HN-12
+            loss.backward()
+            noisy.append(log_probs.detach())
+            loss_sum += loss.item()
+    return Taken(gather_batch(noisy, len(batch)), eta, beta[batch], loss_sum)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def responsiveness(R: Tensor) -> Tensor:
     r"""eta: one number for the global batch, all micro-batches and ranks of one optimizer step.
 
     Args:
-        R: (P,) reward gaps, P >= 3.
+        R: P >= 3 reward gaps, of any shape.
     Returns:
         eta: () in (0, 1 / sigma(1) = 1.368). It depends on the skew of R, not on its sign or scale
         (while |mean R| > 1e-8). All rewards 0, as at the first step: 1.
@@ -135,7 +135,7 @@ def responsiveness(R: Tensor) -> Tensor:
 
 
 def normalised_rewards(R: Tensor) -> Tensor:
-    r"""R / mean(R): (P,) -> (P,). Where the mean says nothing about the scale: R / mean|R|."""
+    r"""R / mean(R), as R. Where the mean says nothing about the scale: R / mean|R|."""
     if not R.isfinite().all():
         raise InputError(f"rewards {R.tolist()}: expected finite rewards")
     R = R.detach()
@@ -146,19 +146,19 @@ def normalised_rewards(R: Tensor) -> Tensor:
 
 
 def without_extremes(values: Tensor, drop: int = 1) -> Tensor:
-    r"""The values (P,) in order, without the `drop` smallest and largest: (P - 2 drop,)."""
-    n = len(values)
+    r"""The values in order, without the `drop` smallest and largest: (P - 2 drop,)."""
+    n = values.numel()
     if n < 3 or 2 * drop >= n:
         raise InputError(
             f"responsiveness of {n} pairs, {drop} dropped from each end: at least "
             f"{max(3, 2 * drop + 1)} pairs are needed in a global batch; raise the micro-batch or "
             "the accumulation"
         )
-    return values.sort().values[drop : n - drop]
+    return values.flatten().sort().values[drop : n - drop]
 
 
 def pair_beta(lam: Tensor, eta: Tensor, beta0: float = 0.1, floor: float = 1e-6) -> Tensor:
-    r"""beta': (P,) from lam (P,) and eta (); at least `floor`.
+    r"""beta': (P,) from lam (P,) and eta, () or (P,); at least `floor`.
 
     Detached: no gradient flows through a weight.
     """

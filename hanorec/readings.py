@@ -3,25 +3,25 @@ r"""Other readings of what the document leaves open, each beside the one that it
     GAPS       e, scores, index, chosen, rejected -> delta      for `cluster_gap` (HN-4)
     HARDNESS   delta -> lambda                                  for `hardness` (HN-5)
     CONTROLS   lambda, generator -> lambda                      the same numbers on the wrong pairs
-    ETAS       R, state, trim -> eta                            for `responsiveness` (HN-7)
+    ETAS       R, state, trim -> eta                            for `responsiveness` (HN-7), etas.py
+    KEPT       R, state, trim, generator -> weights             which pairs count (HN-11), etas.py
     NOISES     layer -> scale of the noise on its A and B       for `absolute_noise` (HN-9)
 
 The dictionaries at the end hold all of them by name, the document's included, which the equation
-files compute. "Release" is the authors' public code, "ours" is in neither.
+files compute. "Release" is the authors' public code, "ours" is in neither. Readings that change the
+step itself and not one quantity: run/steps.py.
 P = pairs, N = items, d = width, K = neighbours.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from hanorec import hars
+from hanorec import etas, hars
 from hanorec.base.errors import InputError
 from hanorec.lora.layer import LoRALinear, absolute_noise
-
-DECAY = 0.9  # of the running statistics of `ema_eta`
 
 # ---- the gap (HN-4): how different are the two items of a pair ----
 
@@ -51,6 +51,36 @@ def cosine_gap(
     r"""The ablation w/o SAM: no clusters, the two items alone; (P,) in 0 .. 2."""
     # \Delta = 1 - \langle e_w, e_l \rangle; equal rows can round below 0
     return (1 - (e[chosen] * e[rejected]).sum(1)).clamp_min(0)
+
+
+def signed_gap(
+    e: Tensor,
+    scores: Tensor,
+    index: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+) -> Tensor:
+    r"""Ours: how close the chosen item's cluster lies around it, less the rejected item's; (P,).
+
+    In -2 .. 2. A gap below 0 is the only way to a lambda under 0.5, so to the document's (0, 1).
+    """
+    # \Delta = \operatorname{mean}_K s_w - \operatorname{mean}_K s_l
+    return scores[chosen].mean(1) - scores[rejected].mean(1)
+
+
+def centroid_gap(
+    e: Tensor,
+    scores: Tensor,
+    index: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+) -> Tensor:
+    r"""Ours: distance of the two clusters' centres, each with its item; (P,) in 0 .. 2."""
+    # \Delta = \lVert c_w - c_l \rVert_2,
+    # c_m = \operatorname{mean}_{j \in \{m\} \cup N_K(m)} e_j
+    w = torch.cat([chosen[:, None], index[chosen]], 1)  # (P, 1 + K)
+    l = torch.cat([rejected[:, None], index[rejected]], 1)
+    return (e[w].mean(1) - e[l].mean(1)).norm(dim=1)
 
 
 # ---- the hardness (HN-5): smaller = harder ----
@@ -103,65 +133,9 @@ def mean_lambda(lam: Tensor, generator: torch.Generator | None = None) -> Tensor
     return lam.mean().expand_as(lam)
 
 
-# ---- the responsiveness (HN-7): state is a dictionary that the run keeps from step to step ----
-
-
-def batch_eta(R: Tensor, state: dict[str, Any], trim: float | None = None) -> Tensor:
-    r"""The document's, from this batch alone; with trim its "extremes" are a fraction of each end.
-
-    Args:
-        R: (P,) reward gaps. state: unused.
-        trim: None drops the smallest and the largest reward; a fraction q in (0, 0.5) drops
-            max(1, floor(q P)) from each end.
-    Returns:
-        eta: ().
-    """
-    if trim is None:
-        return hars.responsiveness(R)
-    normalised = hars.normalised_rewards(R)
-    kept = hars.without_extremes(normalised, dropped(trim, len(R)))
-    return kept.mean().sigmoid() / normalised.mean().sigmoid()
-
-
-def ema_eta(R: Tensor, state: dict[str, Any], trim: float | None = None) -> Tensor:
-    r"""Ours: rewards normalised by a running mean and deviation, so that eta reacts to learning.
-
-    A batch that responds as usual lies at 0, so the denominator is sigma(0).
-
-    Args:
-        R: (P,) reward gaps. trim: as in `batch_eta`.
-        state: "mean" and "variance", updated here; empty before the first batch, which sets them.
-    Returns:
-        eta: () in 0 .. 2.
-    """
-    mean, std = running_statistics(R, state)
-    # \tilde R_i = (R_i - m) / s \text{ with running } m, s
-    normalised = (R.detach() - mean) / max(std, 1e-8)
-    kept = hars.without_extremes(normalised, dropped(trim, len(R)))
-    return kept.mean().sigmoid() / R.new_zeros(()).sigmoid()
-
-
-def running_statistics(R: Tensor, state: dict[str, Any]) -> tuple[float, float]:
-    """Mix a global batch (P,) into state["mean"] and state["variance"]; returns (mean, std)."""
-    if not R.isfinite().all():
-        raise InputError(f"rewards {R.tolist()}: expected finite rewards")
-    keep = DECAY if state else 0.0
-    mean, variance = R.mean().item(), R.var(correction=0).item()
-    state["mean"] = keep * state.get("mean", 0.0) + (1 - keep) * mean
-    state["variance"] = keep * state.get("variance", 0.0) + (1 - keep) * variance
-    return state["mean"], state["variance"] ** 0.5
-
-
-def dropped(trim: float | None, n: int) -> int:
-    """How many of n rewards count as extremes at each end."""
-    if trim is None:
-        return 1
-    if not 0 < trim < 0.5:
-        raise InputError(
-            f"trim {trim}: expected a fraction between 0 and 0.5, or None to drop one reward at "
-            "each end"
-        )
-    return max(1, int(trim * n))
+def one_lambda(lam: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """All pairs get 1: eta alone weighs, and w/o SAM read as no hardness at all."""
+    return torch.ones_like(lam)
 
 
 # ---- the noise (HN-9): sigma_n times what ----
@@ -178,11 +152,35 @@ def rms(weight: Tensor) -> float:
     return weight.detach().square().mean().sqrt().item()
 
 
+# ---- an explicit term for image and text (HN-12) ----
+
+
+def alignment_kl(H: Tensor, X: Tensor) -> Tensor:
+    r"""Ours: KL of what n items are to each other by image from what they are by text: ().
+
+    "Aligns the semantic spaces of image and text" taken at its word: a space is, for each item, the
+    distribution of likeness over the others. At least 0; 0 where both say the same of all pairs.
+
+    Args:
+        H, X: (n, d) text and visual embeddings of the same items, n >= 3. Gradients flow to both.
+    """
+    off = torch.eye(len(H), dtype=torch.bool, device=H.device)
+    H, X = F.normalize(H, dim=1), F.normalize(X, dim=1)
+    log_p = (H @ H.T)[~off].view(len(H), -1).log_softmax(1)  # (n, n - 1)
+    log_q = (X @ X.T)[~off].view(len(X), -1).log_softmax(1)
+    # \operatorname{mean}_i KL(p_i \Vert q_i),
+    # p_i = \operatorname{softmax}_{j \ne i} \cos(H_i, H_j),
+    # q_i = \operatorname{softmax}_{j \ne i} \cos(X_i, X_j)
+    return (log_p.exp() * (log_p - log_q)).sum(1).mean()
+
+
 # ---- by name, as the flags name them; the first of each is the document's ----
 
 GAPS: dict[str, Callable[..., Tensor]] = {
     "union": hars.cluster_gap,
     "ranked": ranked_gap,
+    "signed": signed_gap,
+    "centroid": centroid_gap,
     "cosine": cosine_gap,
 }
 HARDNESS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -195,10 +193,18 @@ CONTROLS: dict[str, Callable[..., Tensor]] = {
     "reversed": reversed_lambda,
     "permuted": permuted_lambda,
     "mean": mean_lambda,
+    "one": one_lambda,
 }
 ETAS: dict[str, Callable[..., Tensor]] = {
-    "batch": batch_eta,
-    "ema": ema_eta,
+    "batch": etas.batch_eta,
+    "pair": etas.pair_eta,
+    "ema": etas.ema_eta,
+    "beta_dpo": etas.beta_dpo_eta,
+}
+KEPT: dict[str, Callable[..., Tensor]] = {
+    "all": etas.all_kept,
+    "inner": etas.inner_kept,
+    "near": etas.near_kept,
 }
 NOISES: dict[str, Callable[[LoRALinear], tuple[float, float]]] = {
     "absolute": absolute_noise,

@@ -184,8 +184,19 @@ def cluster_gap(e, scores, index, chosen, rejected, form="union"):
             distance; s_jj = 1.
     ranked: softmax of each item's own K scores by rank, members not compared.
     cosine: 1 - <e_w, e_r>, the two items alone.
+    signed: the mean of w's K scores less that of r's.
+    centroid: distance of the means of {w} + N(w) and of {r} + N(r).
     """
     w, r = int(chosen), int(rejected)
+    if form == "signed":
+        return average(scores[w]) - average(scores[r])
+    if form == "centroid":
+        squares = []
+        for column in range(len(e[0])):
+            own = average([e[j][column] for j in [w, *index[w]]])
+            other = average([e[j][column] for j in [r, *index[r]]])
+            squares.append((own - other) ** 2)
+        return math.sqrt(math.fsum(squares))
     if form == "cosine":
         return 1.0 - (1.0 if w == r else dot(e[w], e[r]))
     if form == "ranked":
@@ -268,6 +279,30 @@ def responsiveness(R, trim=None):
     return sigmoid(average(kept_values(normalised, trim))) / sigmoid(average(normalised))
 
 
+def responsiveness_of_pairs(R, trim=None):
+    """Oracle of HN-7, reading `pair`: sigma(R~_i) / sigma(mean R~), where an R~ outside of those
+    that HN-7 keeps is replaced by the nearest of these; all zero gives 1.
+    """
+    R = [float(r) for r in R]
+    scale = average(R)
+    if abs(scale) <= 1e-8:
+        scale = average([abs(r) for r in R])
+    if scale == 0.0:
+        return [1.0] * len(R)
+    normalised = [r / scale for r in R]
+    kept = kept_values(normalised, trim)
+    etas = []
+    for value in normalised:
+        inside = min(max(value, kept[0]), kept[-1])
+        etas.append(sigmoid(inside) / sigmoid(average(normalised)))
+    return etas
+
+
+def beta_dpo_factor(R, running_mean, slope=0.6):
+    """Oracle of beta-DPO's 1 + a (mean margin - M0), at least 0."""
+    return max(0.0, 1.0 + slope * (average(R) - float(running_mean)))
+
+
 def responsiveness_ema(R, running_mean, running_std, trim=None):
     """Oracle of HN-7, option `ema`: R~ = (R - running mean) / running std; the running mean itself
     becomes 0.
@@ -297,6 +332,20 @@ def pair_beta(lam, eta, beta0=0.1, floor=1e-6):
     return np.array(
         [max(float(eta) * float(v) * float(beta0), float(floor)) for v in lam], dtype=np.float64
     )
+
+
+def alignment_kl(H, X):
+    """Oracle of the image-text term: for each item i the softmax over j != i of cos(H_i, H_j), and
+    the same of X; the mean over i of KL(first || second).
+    """
+    H, X = [norm(row) for row in H], [norm(row) for row in X]
+    terms = []
+    for i in range(len(H)):
+        others = [j for j in range(len(H)) if j != i]
+        p = softmax([dot(H[i], H[j]) for j in others])
+        q = softmax([dot(X[i], X[j]) for j in others])
+        terms.append(math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    return average(terms)
 
 
 # --------------------------------------------------------------------------------------------- NoDO

@@ -19,6 +19,7 @@ from docstring_names import ROOT, House
 
 from hanorec.base.config import DataConfig, DpoConfig, EvalConfig, ModelConfig, TrainConfig
 from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
+from hanorec.base.config_steps import StepConfig
 from hanorec.studies import structure
 
 PAGES = {"README.md": ROOT / "README.md"}
@@ -26,7 +27,7 @@ PAGES |= {f"docs/{path.name}": path for path in sorted(ROOT.glob("docs/*.md"))}
 HOUSE = House(structure.read_files(ROOT))
 SETTINGS = {
     "train_sft.py": [ModelConfig, DataConfig, TrainConfig],
-    "train_dpo.py": [ModelConfig, DataConfig, TrainConfig, DpoConfig],
+    "train_dpo.py": [ModelConfig, DataConfig, TrainConfig, DpoConfig, StepConfig],
     "evaluate.py": [ModelConfig, DataConfig, EvalConfig],
     "train_brmrs.py": [BrmrsFiles, BrmrsConfig],
 }

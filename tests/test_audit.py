@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from hanorec.etas import ema_eta
 from hanorec.hars import cluster_gap, hardness, responsiveness, reward_gap
 from hanorec.lora.layer import LoRALinear, lora_noise
 from hanorec.losses import dpo_loss
 from hanorec.metrics import auc, hit_rate, ndcg, rank_of_positive
-from hanorec.readings import CONTROLS, ema_eta, ranked_gap, standardised_hardness
+from hanorec.readings import CONTROLS, ranked_gap, standardised_hardness
 from hanorec.scoring import answer_log_probs
 from hanorec.studies import audit, noise_curve
 from hanorec.studies.audit_scores import hard_auc

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_pairs import DTYPES, TOLERANCE, catalogue, normal, oracle_gaps
 
 from hanorec import hars
+from hanorec.etas import ema_eta
 from hanorec.hars import (
     cluster_gap,
     fuse,
@@ -26,7 +27,7 @@ from hanorec.hars import (
     without_extremes,
 )
 from hanorec.losses import dpo_loss
-from hanorec.readings import cosine_gap, ema_eta, ranked_gap
+from hanorec.readings import cosine_gap, ranked_gap
 from hanorec.topk import topk_neighbors
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -10,6 +10,7 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hanorec.etas import batch_eta
 from hanorec.hars import pair_beta, responsiveness, reward_gap
 from hanorec.losses import dpo_loss, preference_logit, sft_loss
 from hanorec.mllm.backbone import FAMILIES
@@ -17,7 +18,6 @@ from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.items import encode_pictures
 from hanorec.mllm.load import load_backbone
-from hanorec.readings import batch_eta
 from hanorec.scoring import answer_log_probs
 
 HUGE = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=3, max_size=8)

@@ -35,6 +35,7 @@ from hanorec.datasets.frozen import load_candidates, save_candidates
 from hanorec.datasets.images import read_image
 from hanorec.datasets.interactions import heldout_examples, load_interactions, training_examples
 from hanorec.datasets.lines import numbered_lines
+from hanorec.etas import batch_eta, ema_eta
 from hanorec.hars import fuse, pair_beta
 from hanorec.lora.files import save_adapter
 from hanorec.lora.layer import add_lora, lora_layers
@@ -43,7 +44,7 @@ from hanorec.losses import dpo_loss, kl_divergence, preference_logit, sft_loss, 
 from hanorec.metrics import auc, hit_rate, ndcg, pooled_auc, rank_of_positive, similarity_groups
 from hanorec.mllm.collate import collate
 from hanorec.mllm.prompts import Row
-from hanorec.readings import GAPS, HARDNESS, batch_eta, ema_eta
+from hanorec.readings import GAPS, HARDNESS
 from hanorec.topk import topk_neighbors
 
 

@@ -1,5 +1,6 @@
 """Global batches, and each rank's micro-batches of them."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,20 +13,21 @@ from hanorec.base.errors import InputError
 
 
 def global_batches(
-    n: int, size: int, seed: int, epoch: int, least: int = 1
+    n: int, size: int, seed: int, epoch: int, least: int = 1, multiple: int = 1
 ) -> list[list[int]]:
     """The optimizer steps of one epoch: a permutation of 0 .. n - 1 that is a function of seed and
     epoch, cut into `size`.
 
-    A rest of fewer than `least` joins the step before it. Raises InputError where n or size itself
-    is smaller.
+    A rest of fewer than `least` joins the step before it; the last n % `multiple` rows of the
+    permutation are left out. Raises InputError where n or size itself is smaller than `least`.
     """
-    if min(n, size) < least:
+    used = n - n % multiple
+    if min(used, size) < least:
         raise InputError(
-            f"{n} training rows in steps of {size}, expected at least {least} in each step; use "
+            f"{used} training rows in steps of {size}, expected at least {least} in each step; use "
             "more users or targets, or raise --micro-batch or --accumulation"
         )
-    order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
+    order = np.random.default_rng([seed, epoch]).permutation(n)[:used].tolist()
     batches = list(chunks(order, size))
     if len(batches) > 1 and len(batches[-1]) < least:
         batches[-2:] = [batches[-2] + batches[-1]]
@@ -48,6 +50,16 @@ def micro_batches(batch: Sequence[int], size: int) -> list[tuple[Sequence[int], 
     longest_share = -(-len(batch) // world_size())
     most = -(-longest_share // size)  # micro-batches of the rank that has most
     return parts + [(batch[:1], 0)] * (most - len(parts))
+
+
+def smallest_part(n: int, size: int) -> int:
+    """The fewest rows that all ranks together have in one of their `micro_batches` of n rows."""
+    together: Counter[int] = Counter()
+    for r in range(world_size()):
+        own = share(n, r)
+        for number, part in enumerate(chunks(range(own.start, own.stop), size)):
+            together[number] += len(part)
+    return min(together.values())
 
 
 def gather_batch(found: Sequence[Tensor], n: int) -> Tensor:

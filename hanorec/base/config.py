@@ -130,6 +130,11 @@ class TrainConfig:
         "document: micro-batches in one optimizer step, in all: torchrun's processes divide its "
         "rows among them",
     )
+    drop_last: bool = option(
+        False,
+        "ours: all rows of an epoch; true (authors' release): those that do not fill a micro-batch "
+        "are left out",
+    )
     clip: float = option(1.0, "authors' release: largest norm of the gradient")
     seed: int = option(2025, "authors' release")
     save_every: int = option(
@@ -197,22 +202,24 @@ class DpoConfig:
         "input",
         "authors' release: HN-1 from input embeddings; hidden (ours): from last hidden states",
     )
-    gap: Literal["union", "ranked"] = option(
+    gap: Literal["union", "ranked", "signed", "centroid"] = option(
         "union",
-        "document's claim needs union; ranked is the authors' release (HN-4)",
+        "document's claim needs union; ranked is the authors' release; signed, centroid: ours "
+        "(HN-4)",
     )
     hardness: Literal["sigmoid", "ratio", "standardised"] = option(
         "sigmoid",
         "document; ratio: authors' release; standardised: ours (HN-5)",
     )
-    control: Literal["none", "reversed", "permuted", "mean"] = option(
+    control: Literal["none", "reversed", "permuted", "mean", "one"] = option(
         "none",
         "ours, controls: the same lambdas, but the largest for the hardest pair and so on, or "
-        "dealt out at random; or their mean for all",
+        "dealt out at random; or for all pairs their mean, or 1",
     )
-    eta: Literal["batch", "ema"] = option(
+    eta: Literal["batch", "pair", "ema", "beta_dpo"] = option(
         "batch",
-        "document; ema (ours) normalises by running statistics (HN-7)",
+        "document; pair (document, read otherwise): one for each pair; ema (ours) normalises by "
+        "running statistics; beta_dpo: the batch's factor of beta-DPO, another method (HN-7)",
     )
     trim: float | None = option(
         None,

@@ -34,6 +34,23 @@ def attach_policy(model: nn.Module, directory: str | Path) -> None:
     attach_adapter(model, directory)
 
 
+def continued_lora(model: nn.Module, r: int, alpha: float, dropout: float) -> list[LoRALinear]:
+    """The layers of the adapter that is on top already, to be trained on, with this dropout.
+
+    InputError where its rank or alpha is another.
+    """
+    layers = list(lora_layers(model).values())
+    for layer in layers:
+        if (layer.r, layer.scale * layer.r) != (r, alpha):
+            raise InputError(
+                f"--continue-sft: the adapter of --sft has rank {layer.r} and alpha "
+                f"{layer.scale * layer.r:g}, expected {r} and {alpha:g}; give --lora-rank "
+                f"{layer.r} --lora-alpha {layer.scale * layer.r:g}"
+            )
+        layer.dropout = dropout
+    return layers
+
+
 def load_adapter(model: nn.Module, directory: str | Path) -> None:
     """Fill the top adapter of the model from `directory`; a model without one gets it first.
 

@@ -1,7 +1,7 @@
 """What the MLLM knows of each item: its image features, and the embeddings H and X of HaRS (HN-1).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from typing import NamedTuple
 
@@ -102,6 +102,32 @@ def item_embeddings(
         images = [_Input([token] * len(picture.features), picture) for picture in shown]
         X[has_image] = _pooled(backbone, images, form)
     return H, X, has_image
+
+
+def hidden_embeddings(
+    backbone: Backbone,
+    catalog: Catalog,
+    pictures: Mapping[int, ImageFeatures],
+    rows: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """HN-1's "hidden" form of these catalogue rows, which all have an image, with gradients.
+
+    H and X, (n, d) each, on the backbone's device. Each rank computes all of them.
+    """
+    token = backbone.image_token
+    titles = [_Input(text_ids(backbone, catalog.titles[row]), None) for row in rows]
+    shown = [pictures[row] for row in rows]
+    images = [_Input([token] * len(picture.features), picture) for picture in shown]
+    found = []
+    for inputs in (titles, images):
+        order, vectors = [], []
+        for batch in _batches_of_one_shape(inputs):
+            order += batch
+            hidden = _hidden_vectors(backbone, [inputs[i] for i in batch])  # (b, n, d)
+            vectors.append(mean_pool(hidden))
+        place = torch.tensor(order, device=backbone.device).argsort()
+        found.append(torch.cat(vectors)[place])
+    return found[0], found[1]
 
 
 @torch.no_grad()

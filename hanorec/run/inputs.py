@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hanorec.base.config import NEGATIVES, EvalConfig
+from hanorec.base.config_steps import StepConfig
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_object, sha256
 from hanorec.datasets.catalog import data_hash
@@ -25,7 +26,8 @@ from hanorec.run.reference import read_reference
 
 def check_training(configs: Sequence[Any]) -> None:
     """InputError where --sft is no adapter, --reference no file of reference log-probabilities,
-    --negatives no file that can be read, or --images is for evaluation alone.
+    --negatives no file that can be read, --images is for evaluation alone, or a reading of the
+    step does not go with the rest.
 
     configs: of a training script, of which some have these settings.
     """
@@ -41,6 +43,8 @@ def check_training(configs: Sequence[Any]) -> None:
             read_reference(Path(config.reference))
         if getattr(config, "negatives", "random") not in NEGATIVES:
             read_object(Path(config.negatives))
+        if isinstance(config, StepConfig):
+            config.check_with(*configs[1:4])
 
 
 def check_evaluation(config: EvalConfig) -> None:

@@ -4,7 +4,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import transformers
 
 from hanorec.base import lock
 from hanorec.base.config import DataConfig, ModelConfig
+from hanorec.base.config_steps import StepConfig
 from hanorec.base.distributed import barrier, rank, world_size
 from hanorec.base.errors import InputError
 from hanorec.base.facts import check_facts
@@ -24,7 +25,13 @@ from hanorec.run.inputs import comparable, turn_sha256
 
 # What runs did before there was a setting for it, which they do not state.
 BEFORE = {"max_title_tokens": None, "images": "own"}  # in prompts
-BEFORE_IN_RUNS = {**BEFORE, "schedule": "cosine", "keep_epochs": []}
+BEFORE_IN_RUNS = {
+    **BEFORE,
+    "schedule": "cosine",
+    "keep_epochs": [],
+    "drop_last": False,
+    **{field.name: field.default for field in fields(StepConfig)},
+}
 
 # ---- the folder ----
 

@@ -6,6 +6,7 @@ beta': the passes, the noise, the losses and `backward` stay in the script, wher
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hanorec.base.errors import InputError
 from hanorec.base.lock import unlock_folder
 from hanorec.lora.files import save_policy
 from hanorec.lora.layer import adapters_off, add_lora
-from hanorec.lora.loading import attach_policy
+from hanorec.lora.loading import attach_policy, continued_lora
 from hanorec.mllm.backbone import Backbone, use_checkpointing
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.forward import score_rows
@@ -77,13 +78,17 @@ class Run:
         size = train.micro_batch * train.accumulation
         self.rows, plan = rows, []
         for epoch in range(train.epochs):
-            batches = global_batches(len(rows), size, train.seed, epoch, least)
+            multiple = train.micro_batch if train.drop_last else 1
+            batches = global_batches(len(rows), size, train.seed, epoch, least, multiple)
             plan += [(epoch, batch) for batch in batches]
         self.planned = len(plan)
         return plan
 
-    def trainable_adapter(self, backbone: Backbone) -> list[nn.Parameter]:
-        """The weights A and B of a fresh adapter, on top of that of --sft, alike on all ranks."""
+    def trainable_adapter(self, backbone: Backbone, fresh: bool = True) -> list[nn.Parameter]:
+        """The weights A and B of the adapter to train, alike on all ranks.
+
+        It is a fresh one, on top of that of --sft, or that of --sft itself.
+        """
         self.policy = policy = backbone.model
         train = self.train
         if train.shard:
@@ -91,8 +96,9 @@ class Run:
         if train.sft is not None:
             attach_policy(policy, train.sft)
             compare_settings(train.sft, prompt_settings(self.model, self.data, backbone))
-        self.trained: list[nn.Parameter] = []
-        for layer in add_lora(policy, train.lora_rank, train.lora_alpha, train.lora_dropout):
+        self.fresh, self.trained = fresh, []
+        shape = train.lora_rank, train.lora_alpha, train.lora_dropout
+        for layer in add_lora(policy, *shape) if fresh else continued_lora(policy, *shape):
             self.trained += [layer.A, layer.B]
         if train.checkpointing:
             use_checkpointing(backbone)
@@ -115,7 +121,9 @@ class Run:
         self.facts = facts
 
     def reference(self, choice: str, builder: PromptBuilder, rows: Sequence[Row]) -> Tensor:
-        """log pi_ref of every answer to every row, (P, A), by the policy with its top adapter off.
+        """log pi_ref of every answer to every row, (P, A), by the policy before its first step.
+
+        Its top adapter is off, unless it is that of --sft.
 
         choice: "once" = from OUT/reference.safetensors, computed and kept there if there is none;
         or such a file of another run.
@@ -137,7 +145,7 @@ class Run:
         self._write_record()  # all input has proved good
         if reference is not None:
             return reference.to(backbone.device)
-        with adapters_off(backbone.model):
+        with adapters_off(backbone.model) if self.fresh else nullcontext():
             reference, _ = score_rows(
                 backbone,
                 rows,
@@ -221,6 +229,8 @@ class Run:
 
     def _write_adapter(self, policy: nn.Module, folder: Path, **facts: Any) -> None:
         base, below = self.model.model, self.train.sft
+        if not self.fresh:  # what that adapter stands on
+            below = Path(below) / "below" if (Path(below) / "below").exists() else None
         save_policy(policy, folder, base, below, prompt=self.prompt, **facts)
 
 

@@ -88,7 +88,7 @@ def eta_of(R: np.ndarray) -> float:
 
 
 def settled_ema(R: np.ndarray, mean: float, std: float) -> float:
-    """`hanorec.readings.ema_eta` where the running mean and deviation are these, once and for all.
+    """`hanorec.etas.ema_eta` where the running mean and deviation are these, once and for all.
     """
     kept = without_extremes(torch.as_tensor((R - mean) / std))
     return (kept.mean().sigmoid() / kept.new_zeros(()).sigmoid()).item()

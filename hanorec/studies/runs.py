@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hanorec.base.config import DataConfig, DpoConfig, EvalConfig, ModelConfig, TrainConfig
+from hanorec.base.config_steps import StepConfig
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_json, read_object, write_json
 from hanorec.base.lock import lock_folder
@@ -17,7 +18,7 @@ from hanorec.studies.tables import CONTROL
 
 TRAINING = {
     "train_sft": [ModelConfig, DataConfig, TrainConfig],
-    "train_dpo": [ModelConfig, DataConfig, TrainConfig, DpoConfig],
+    "train_dpo": [ModelConfig, DataConfig, TrainConfig, DpoConfig, StepConfig],
 }
 
 EVALUATION = [ModelConfig, DataConfig, EvalConfig]
