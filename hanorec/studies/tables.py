@@ -68,7 +68,7 @@ def compare_rows(
         if row != control and control in sets[0]:
             own = [one[row]["rows"]["NDCG@3"] for one in sets]
             other = [one[control]["rows"]["NDCG@3"] for one in sets]
-            rows[row]["against_control"] = _against(own, other, shared)
+            rows[row]["against_control"] = against(own, other, shared)
 
     count = len(users[0]) if shared else sum(len(of_seed) for of_seed in users)
     return {"users": count, "seeds": len(sets), "same_users": shared, "rows": rows}
@@ -89,14 +89,19 @@ def values_of(
     return values
 
 
-def _against(
+def half_width(values: np.ndarray) -> float:
+    """Of Student's 95% interval of the mean of one value a seed, of 2 to 10 seeds."""
+    return T_975[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5
+
+
+def against(
     own: Sequence[Sequence[float]], control: Sequence[Sequence[float]], shared: bool,
 ) -> dict[str, Any]:
     """A row against the control, each by seeds and users; shared: the users are the same."""
     gaps = np.array([np.mean(a) - np.mean(b) for a, b in zip(own, control, strict=True)])
     over_seeds = None
     if 1 < len(gaps) <= 10:
-        half = T_975[len(gaps) - 2] * gaps.std(ddof=1) / len(gaps) ** 0.5
+        half = half_width(gaps)
         over_seeds = [gaps.mean() - half, gaps.mean() + half]
     if shared:
         test = paired_test(np.mean(own, 0), np.mean(control, 0))
