@@ -24,7 +24,7 @@ from hanorec.studies.map_rows import (
     noise_cells,
 )
 from hanorec.studies.map_world import Measures, World
-from hanorec.studies.runs import timed
+from hanorec.studies.runs import folder_name, timed
 
 METRIC = "NDCG@3"  # on validation: by it beta0 and epoch are chosen
 
@@ -51,7 +51,7 @@ def kept_cosines(
     """`cosines` of a cell with these flags of its own, computed once and kept under this name."""
     if own == noise_cells()[CONTROL]:
         return [1.0]
-    kept = world.folder("E1", name).with_suffix(".json")
+    kept = world.folder("E1", "cosines") / f"{folder_name(name)}.json"
     if not kept.exists():
         step = world.dpo_flags([*flags, *own])
         clean = world.dpo_flags([*flags, *noise_cells()[CONTROL]])
