@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hanorec.metrics import bootstrap_interval
 from hanorec.studies.audit_run import correlation
 from hanorec.studies.map_world import Measures
-from hanorec.studies.tables import against, half_width
+from hanorec.studies.tables import half_width
 
 Cells = Mapping[str, Sequence[Measures]]  # cell -> its measures in each seed
 
@@ -87,9 +88,13 @@ def estimate(cells: Cells, part: Part | Order, shared: bool) -> Estimate:
         sums.append(sum(
             unit * weight * np.array(cells[cell][seed][part.measure])
             for cell, weight in part.weights.items()))
-    test = against(sums, [np.zeros(len(one)) for one in sums], shared)
-    low, high = test["over_seeds"] or (math.inf, -math.inf)
-    return Estimate(test["difference"], min(test["low"], low), max(test["high"], high))
+    users = np.mean(sums, 0) if shared else np.concatenate(sums)
+    low, high = bootstrap_interval(users)
+    if len(sums) > 1:
+        means = np.array([one.mean() for one in sums])
+        low = min(low, means.mean() - half_width(means))
+        high = max(high, means.mean() + half_width(means))
+    return Estimate(float(users.mean()), float(low), float(high))
 
 
 def _seeds(cells: Cells, names: Sequence[str] | Mapping[str, float]) -> int:

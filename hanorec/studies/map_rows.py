@@ -129,8 +129,9 @@ def epoch_runs() -> dict[str, tuple[str, list[str]]]:
                 run = epoch_run(row, negatives, beta0)
                 own = [*flags, "--negatives", negatives, "--beta0", str(beta0)]
                 runs[run] = "" if run == first else first, own
-    mean = [*NO_NODO, "--control", "mean", "--beta0", str(BETA0)]
-    runs[epoch_run(MEAN, "random", BETA0)] = epoch_run(CONTROL, "random", BETA0), mean
+    first = epoch_run(CONTROL, "random", BETA0)
+    mean = [*NO_NODO, "--control", "mean", "--negatives", "random", "--beta0", str(BETA0)]
+    runs[epoch_run(MEAN, "random", BETA0)] = first, mean
     return runs
 
 
