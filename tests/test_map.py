@@ -69,7 +69,7 @@ def test_the_page_has_every_prediction_in_its_words():
 def test_the_page_has_the_sizes():
     page = " ".join(PAGE.read_text(encoding="utf-8").split())
     for stage, said in (
-        ("noise", "3 epochs, 45 steps of 32; 5 seeds"),
+        ("noise", "2 epochs, 30 steps of 32; 5 seeds"),
         ("labels", "1 epoch, 29 steps of 32, β0 = 0.1; 3 seeds"),
         ("over", "64 epochs at a constant rate, 192 steps of 16"),
     ):

@@ -20,10 +20,10 @@ COMMON = ["--micro-batch", "16", "--lora-dropout", "0", "--rejected", "1"]
 
 # ---- E1: is the noise kept in backward, or forgotten? ----
 
-# The release's adapter, alpha / r = 4; 451 pairs, 3 epochs, 45 steps.
+# The release's adapter, alpha / r = 4; 451 pairs, 2 epochs, 30 steps.
 KEPT_OR_FORGOTTEN = [
-    *COMMON, "--accumulation", "2", "--lora-rank", "8", "--lora-alpha", "32", "--epochs", "3",
-    "--learning-rate", "1e-3", "--beta0", "0.1",
+    *COMMON, "--accumulation", "2", "--lora-rank", "8", "--lora-alpha", "32", "--epochs", "2",
+    "--learning-rate", "2e-3", "--beta0", "0.1",
     "--users-from", "0.5", "--users-to", "0.667", "--targets-per-user", "1",
 ]
 

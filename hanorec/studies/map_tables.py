@@ -65,11 +65,11 @@ def figure(part: Part | Order, found: Estimate) -> str:
     if isinstance(part, Order):
         what = f"Spearman of {' and '.join(part.measures)}"
     else:
-        what = part.measure
+        terms = []
         for cell, weight in part.weights.items():
-            sign = "−" if weight < 0 else "+"
             times = "" if abs(weight) == 1 else f"{abs(weight):g} · "
-            what += f" {sign} {times}({cell})"
+            terms.append(f"{'− ' if weight < 0 else ''}{times}({cell})")
+        what = f"{part.measure} of {' '.join(terms)}"
     return f"{what}: {shown(found, signed=True)}"
 
 
