@@ -2,6 +2,7 @@
 run on a few users that goes on.
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -276,13 +277,14 @@ def made_up(experiment):
                 cells += [tuned_cell(row, negatives), exchanged_cell(row, negatives)]
     rng = np.random.default_rng(0)
     names = ["NDCG@3", "accuracy", "h", "cosine, start", "cosine, end"]
-    chosen = {tuned_cell(row, kind): (row, 2) for row in TUNED for kind in GRID}
+    chosen = {tuned_cell(*key): ("a run", 2) for key in itertools.product(TUNED, GRID)}
+    found = {}
+    for cell in cells:
+        values = rng.random((2, len(names), 5)).tolist()
+        found[cell] = [dict(zip(names, of_seed, strict=True)) for of_seed in values]
     return {
         "reads": READS, "shared": False, "seeds": [1, 2], "cpu_seconds": 7200.0, "chosen": chosen,
-        "run": {"pairs": 48, "steps": 192, "epochs": 64},
-        "cells": {
-            cell: [{name: rng.random(5).tolist() for name in names} for _ in range(2)]
-            for cell in cells},
+        "run": {"pairs": 48, "steps": 192, "epochs": 64}, "cells": found,
     }
 
 

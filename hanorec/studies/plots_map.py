@@ -67,7 +67,9 @@ def draw_labels(one: dict[str, Any]) -> Figure:
 
 def draw_epochs(one: dict[str, Any]) -> Figure:
     """E3: each row over the epochs, a panel for each kind of negatives and beta0."""
-    places = [(negatives, beta0) for negatives, beta0s in GRID.items() for beta0 in beta0s]
+    places: list[tuple[str, float]] = []
+    for negatives, beta0s in GRID.items():
+        places += [(negatives, beta0) for beta0 in beta0s]
     figure, axes = panels(len(places), 3.6, 3.4, sharey=True)
     reads = np.array(one["reads"])
     for axis, (negatives, beta0) in zip(axes, places, strict=True):
