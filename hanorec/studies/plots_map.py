@@ -59,8 +59,8 @@ def draw_labels(one: dict[str, Any]) -> Figure:
                 found.append(estimate(one["cells"], part, one["shared"]))
             curve(axis, np.array([0, *RHOS]) + 0.008 * (number - 2), found, number, row)
         axis.axhline(0, color="black", linewidth=1)
-        axis.set_xlabel(f"share of wrong labels among the {which} 30% of pairs")
-    axes[0].set_ylabel("pairwise accuracy minus that of DPO, points")
+        axis.set_xlabel(f"ρ, wrong labels of the {which} 30%")
+    axes[0].set_ylabel("accuracy minus that of DPO, points")
     axes[1].legend(fontsize=7)
     return figure
 
