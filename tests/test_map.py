@@ -422,6 +422,13 @@ def test_a_killed_run_still_keeps_its_epochs(world, monkeypatch):
         assert toy.furthest(out / part, whole / part) == 0
 
 
+@pytest.mark.parametrize("epochs", [["0"], ["1", "4"]])
+def test_epochs_that_do_not_come_are_refused(epochs):
+    flags = [*PLACES, "--epochs", "3", "--keep-epochs", *epochs]
+    with pytest.raises(InputError, match=rf"--keep-epochs {epochs[-1]}: expected epochs of 1 .. 3"):
+        runs.settings(runs.TRAINING["train_sft"], flags)
+
+
 def test_cosines(world):
     """Of clean DPO with itself 1; of noise that is next to nothing, near it; of much, less."""
     clean = world.dpo_flags([*OWN, "--ablation", "dpo"])

@@ -76,8 +76,6 @@ class World:
         """Data and SFT, as far as they are not there."""
         if self.given is None and not (Path(self.data) / "dataset.json").exists():
             make_posterland(Path(self.data), stages.USERS, seed=self.seed)
-        if not Path(self.exchanged).exists():
-            exchange_posters(self.data, Path(self.exchanged), self.seed)
         train_script("train_sft", self._training(self.sft), self.below, self.spent("SFT"))
 
     def policy(
@@ -135,6 +133,8 @@ class World:
         exchanged: bool = False,
     ) -> list[Measures]:
         """What these policies make of the same frozen random candidates, in their order."""
+        if exchanged and not Path(self.exchanged).exists():
+            exchange_posters(self.data, Path(self.exchanged), self.seed)
         data = self.exchanged if exchanged else self.data
         where = f"{split}-exchanged" if exchanged else split
         flags = ["--model", self.model, "--data", data, *self.test]
@@ -166,8 +166,8 @@ class World:
         found = read_object(report / "metrics.json")["sets"]["random"]
         return {
             "users": found["users"],
-            "NDCG@3": [found["policies"][str(one)]["rows"]["NDCG@3"] for one in adapters],
-            "scores": [found["scores"][str(one)] for one in adapters],
+            "NDCG@3": [one["rows"]["NDCG@3"] for one in found["policies"].values()],
+            "scores": list(found["scores"].values()),
         }
 
 
