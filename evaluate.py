@@ -5,7 +5,7 @@
     python evaluate.py ... --out OUT --user ID --top-k K
         OUT/recommendations.json, the list printed
     python evaluate.py ... --out OUT --retriever BRMRS --top-n 20
-        rerank what train_brmrs.py's model retrieves
+        rerank what a trained recommender retrieves (train_brmrs.py, hanorec.baselines)
 
 Every --adapter is one policy, with what it stands on; `--adapter base` is the bare model. The
 candidate sets of --sets are drawn once, kept in the data folder and the same for every model. The
@@ -19,7 +19,6 @@ from dataclasses import asdict, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -34,7 +33,8 @@ from hanorec.mllm import evaluation, tasks
 from hanorec.mllm.backbone import ImageFeatures
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.load import load_backbone
-from hanorec.ranking.candidate_sets import frozen_sets, held_out
+from hanorec.mllm.written import compare_written
+from hanorec.ranking.candidate_sets import frozen_sets, held_out, list_sets
 from hanorec.ranking.report import Scores, compare_sets
 from hanorec.ranking.reranking import rerank
 from hanorec.ranking.retriever import retrieved
@@ -43,7 +43,7 @@ from hanorec.run.record import close_run, compare_settings, prompt_settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    model, data, config = parse([ModelConfig, DataConfig, EvalConfig], argv, __doc__)
+    model, data, config = parse([ModelConfig, DataConfig, EvalConfig], argv, __doc__, "evaluate")
     policies = config.adapter or ["base"]
     if len(set(policies)) < len(policies):
         raise InputError(f"--adapter {' '.join(policies)}: one policy twice; name each once")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "report; run them apart"
         )
     join(usable_device(model.device))
-    check_evaluation(config)
+    check_evaluation(data, config)
     out = Path(config.out)
     if rank() == 0:
         claim_folder(out)
@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return tasks.near_items(PromptBuilder(backbone, held.catalog, pictures(), data))
 
     # Which candidates: frozen sets, or what the retriever finds in the whole catalogue.
-    if config.retriever is None:
+    if data.targets > 1:
+        sets = list_sets(held, data, config)
+    elif config.retriever is None:
         embedding = f"input embeddings of {'titles, ' * (data.images == 'none')}{backbone.path}"
         sets = frozen_sets(held, data, config, near, embedding)
     else:
@@ -96,9 +98,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         if config.similarity:
             evaluation.check_images(builder)
-        prompt = prompt_settings(model, data, backbone)
-        scores, _ = score_all(builder, sets, policies, config.batch, prompt)
-        report["sets"] = compare_sets(sets, scores, held, config.seed)
+        for policy in policies:
+            compare_settings(policy, prompt_settings(model, data, backbone))
+        if data.targets == 1:  # a list of several has no score for each candidate
+            scores, _ = score_all(builder, sets, policies, config.batch)
+            report["sets"] = compare_sets(sets, scores, held, config.seed)
+        if config.answers != "scored":
+            report["written"] = compare_written(builder, sets, policies, config)
         if config.similarity:
             report["similarity"] = evaluation.similarity(builder, policies)
 
@@ -113,18 +119,14 @@ def score_all(
     sets: Mapping[str, Sequence[Example]],
     policies: Sequence[str],
     batch: int,
-    prompt: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Scores], dict[str, float]]:
     """EV-1 by every policy on every set: set -> `Scores`; and the seconds that each policy took.
-
-    prompt: the settings that the policies' adapters should have been trained on.
     """
     rows = {kind: tasks.scoring_rows(builder, examples) for kind, examples in sets.items()}
     tasks.print_budget(list(chain(*rows.values())), batch, builder.backbone)
     scores, seconds = {kind: {} for kind in sets}, {}
     for policy in policies:
         evaluation.use_policy(builder.backbone, policy)
-        compare_settings(policy, prompt or {})
         start = time.perf_counter()
         for kind, examples in sets.items():
             scores[kind][policy] = evaluation.score(builder, rows[kind], len(examples), batch)

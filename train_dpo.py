@@ -30,7 +30,7 @@ from hanorec.scoring import answer_log_probs
 
 def main(argv: Sequence[str] | None = None) -> None:
     kinds = [ModelConfig, DataConfig, TrainConfig, DpoConfig, StepConfig]
-    _, data, train, dpo, readings = configs = parse(kinds, argv, __doc__)
+    _, data, train, dpo, readings = configs = parse(kinds, argv, __doc__, "train_dpo")
     run = Run(configs)
     backbone = run.load_backbone()
     builder, examples = load_examples(backbone, data, train)
@@ -40,19 +40,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     take_step = step_for(readings, backbone, plan, train, dpo, document_step)
 
     # HaRS before training: lambda of every pair, from the base model's view of the items.
-    items = torch.tensor([[p.chosen, *p.rejected] for p in prompts], device=backbone.device)
-    w, l = items[:, :1].expand_as(items[:, 1:]), items[:, 1:]  # (P, n)
-    lam = torch.ones(l.shape, device=l.device)  # (P, n)
+    items = torch.tensor([p.items for p in prompts], device=backbone.device)  # (P, 1 + n, targets)
+    w, l = items[:, :1].expand_as(items[:, 1:]), items[:, 1:]  # (P, n, 1): one target, by default
+    lam = torch.ones(l.shape[:2], device=l.device)  # (P, n)
     if dpo.hars:
         e, scores, index = builder.neighbors(dpo.k, dpo.embedding)  # HN-1, HN-2, HN-3
-        delta = GAPS[dpo.gap_form](e, scores, index, w.flatten(), l.flatten())  # HN-4: (P n,)
-        lam = HARDNESS[dpo.hardness](delta)  # HN-5: (P n,)
-        lam = CONTROLS[dpo.control](lam, run.generator("cpu")).view(l.shape)
+        delta = GAPS[dpo.gap_form](e, scores, index, w.flatten(), l.flatten())  # HN-4
+        lam = HARDNESS[dpo.hardness](delta.view(-1, data.targets).mean(1))  # HN-5: (P n,)
+        lam = CONTROLS[dpo.control](lam, run.generator("cpu")).view(l.shape[:2])
 
     trained = run.trainable_adapter(backbone, fresh=not readings.continue_sft)
     optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=0.0)
     noise = run.generator(l.device, dpo.noise_ranks)
-    run.describe(builder, pairs=l.numel(), sigma_n=dpo.sigma_n, lambda_range=span(lam))
+    run.describe(builder, pairs=lam.numel(), sigma_n=dpo.sigma_n, lambda_range=span(lam))
     reference = run.reference(dpo.reference, builder, rows)  # (P, 1 + n): adapter off, once
     if dpo.hars:
         write_pairs(run.out / "pairs.tsv", builder.catalog.ids, prompts, e, delta, lam)

@@ -23,7 +23,8 @@ from hanorec.run.run import Run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    _, data, train = configs = parse([ModelConfig, DataConfig, TrainConfig], argv, __doc__)
+    kinds = [ModelConfig, DataConfig, TrainConfig]
+    _, data, train = configs = parse(kinds, argv, __doc__, "train_sft")
     run = Run(configs)
     backbone = run.load_backbone()
     builder, examples = load_examples(backbone, data, train)

@@ -142,7 +142,7 @@ class ToyRun(Run):
     def plan(self, rows: Sequence[Row], backbone: Backbone, least: int = 1) -> Plan:
         return [(0, self.batch)]
 
-    def trainable_adapter(self, backbone: Backbone) -> list[nn.Parameter]:
+    def trainable_adapter(self, backbone: Backbone, fresh: bool = True) -> list[nn.Parameter]:
         return self.trained
 
     def describe(self, builder: PromptBuilder, **facts: Any) -> None:

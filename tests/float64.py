@@ -19,10 +19,9 @@ cast = torch.Tensor.to
 
 
 def never_to_float32(tensor, *arguments, **named):
-    """`torch.Tensor.to`, but that float64 stays float64."""
-    to_float32 = any(x is torch.float32 for x in (*arguments, *named.values()))
-    if to_float32 and tensor.dtype == torch.float64:
-        return tensor
+    """`torch.Tensor.to`, but that whoever asks for float32 is given float64."""
+    arguments = [torch.float64 if x is torch.float32 else x for x in arguments]
+    named = {name: torch.float64 if x is torch.float32 else x for name, x in named.items()}
     return cast(tensor, *arguments, **named)
 
 

@@ -64,13 +64,21 @@ def commands(text):
     return [line for line in found if line.startswith(("python ", "torchrun "))]
 
 
+def started(module):
+    """What `python -m MODULE` runs: of a package its __main__, if it has one."""
+    spec = find_spec(module)
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    main = f"{module}.__main__"
+    return main if is_package and find_spec(main) else module
+
+
 @cache
 def help_of(module):
     """What `python -m MODULE --help` prints."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), pytest.raises(SystemExit):
         patch.setattr(sys, "argv", [module, "--help"])
-        importlib.import_module(module).main()
+        importlib.import_module(started(module)).main()
     return " ".join(printed.getvalue().split())
 
 
@@ -96,7 +104,7 @@ def wrong_with_module(module, words):
     """What is wrong with `python -m MODULE WORDS`."""
     if module.startswith("hanorec.scripts."):  # in an installed package alone
         return wrong_with_script(f"{module.removeprefix('hanorec.scripts.')}.py", words)
-    if find_spec(module) is None or not hasattr(importlib.import_module(module), "main"):
+    if find_spec(module) is None or not hasattr(importlib.import_module(started(module)), "main"):
         return [f"no command {module}"]
     about = help_of(module)
     # A part of a command, such as `audit eta`: the positional argument that has choices.

@@ -13,6 +13,8 @@ import pytest
 from hanorec import readings
 from hanorec.base import config
 from hanorec.base.config_brmrs import BrmrsConfig
+from hanorec.base.config_steps import StepConfig
+from hanorec.baselines.config import MatrixConfig, SequenceConfig
 from hanorec.baselines.config_llara import LlaraConfig
 from hanorec.baselines.picking import PickConfig
 
@@ -20,14 +22,23 @@ ROOT = Path(__file__).parent.parent
 IDS = [
     "SFT-1", "DPO-1", "DPO-2", *(f"HN-{n}" for n in range(1, 13)),
     *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7)),
-    "SP-1", "SP-2", "MR-1", "MR-2", *(f"LL-{n}" for n in range(1, 4)),
-    "TR-1", "MS-1", "MS-2",
+    "LG-1", "LG-2", "SAS-1", "SAS-2", "SAS-3", "GR-1", "CA-1", "BE-1",
+    *(f"CL-{n}" for n in range(1, 6)), "TR-1", *(f"LL-{n}" for n in range(1, 4)),
+    "SP-1", "SP-2", "MS-1", "MS-2", "MR-1", "MR-2",
 ]
+# Of the equations of other methods than HaNoRec's.
+OWN_SETTINGS = {"BR": BrmrsConfig, "LG": MatrixConfig}
+OWN_SETTINGS |= dict.fromkeys(["SAS", "GR", "CA", "BE", "CL"], SequenceConfig)
 # Of a formula over several lines the first one alone has the tag.
 TAG = re.compile(r"#\s*([A-Z]+-\d+):")
 READING = re.compile(
     r"^\| `(?P<table>[A-Z]+)\[\"(?P<name>\w+)\"\]` \| `--(?P<flag>\w+) (?P<value>\w+)` "
     r"\| `(?P<function>[\w.]+)` \| (?P<source>\w+) \| `(?P<test>[\w/.:]+)` \|$",
+    re.MULTILINE,
+)
+STEP = re.compile(
+    r"^\| `--(?P<flag>[\w-]+) (?P<value>\w+)` \| (?P<equation>HN-\d+) \| .+ "
+    r"\| (?P<source>\w+) \| `(?P<test>[\w/.:]+)` \|$",
     re.MULTILINE,
 )
 # Dictionary of readings -> its equation, and the setting by which a run chooses from it.
@@ -36,6 +47,7 @@ CHOSEN_BY = {
     "HARDNESS": ("HN-5", "hardness"),
     "CONTROLS": ("HN-5", "control"),
     "ETAS": ("HN-7", "eta"),
+    "KEPT": ("HN-11", "kept"),
     "NOISES": ("HN-9", "noise"),
 }
 
@@ -59,6 +71,11 @@ def table_of_readings() -> list[dict[str, str]]:
     return [row.groupdict() for row in READING.finditer(page())]
 
 
+def table_of_steps() -> list[dict[str, str]]:
+    """The rows of the page's table of steps."""
+    return [row.groupdict() for row in STEP.finditer(page())]
+
+
 def symbol_of(entry: str) -> object:
     """The function that an entry names."""
     return symbol(re.search(r"^- Code: `([\w.]+)`$", entry, re.MULTILINE)[1])
@@ -66,7 +83,7 @@ def symbol_of(entry: str) -> object:
 
 def symbol(name: str) -> object:
     """What a dotted name stands for."""
-    head, tail = re.match(r"(hanorec(?:\.[a-z_]+)+)\.(.+)", name).groups()
+    head, tail = re.match(r"(hanorec(?:\.[a-z0-9_]+)+)\.(.+)", name).groups()
     found = importlib.import_module(head)
     for part in tail.split("."):
         found = getattr(found, part)
@@ -139,8 +156,9 @@ def test_each_option_named_is_a_setting(equation):
     field takes.
     """
     kinds = [config.ModelConfig, config.DataConfig, config.TrainConfig, config.DpoConfig]
-    kinds += [config.EvalConfig, PickConfig, LlaraConfig]
-    known = settings(*([BrmrsConfig] if equation.startswith("BR") else kinds))
+    kinds += [config.EvalConfig, StepConfig, PickConfig, LlaraConfig]
+    own = OWN_SETTINGS.get(equation.partition("-")[0])
+    known = settings(*([own] if own else kinds))
     for flag, values in options(entries()[equation]):
         assert flag in known, flag
         allowed = getattr(known[flag].type, "__args__", ())
@@ -168,14 +186,31 @@ def test_each_row_of_the_readings_is_true(row):
     table = getattr(readings, row["table"])
     equation, setting = CHOSEN_BY[row["table"]]
     assert table[row["name"]] is symbol(row["function"])
-    flag = settings(config.DpoConfig)[row["flag"]]
+    kind = StepConfig if row["table"] == "KEPT" else config.DpoConfig
+    flag = settings(kind)[row["flag"]]
     assert row["value"] in flag.type.__args__
-    chosen = config.DpoConfig(**{row["flag"]: row["value"]})
+    chosen = kind(**{row["flag"]: row["value"]})
     assert getattr(chosen, setting) == row["name"]
-    assert row["source"] in ("document", "release", "ours")
+    assert row["source"] in ("document", "release", "ours", "other")
     assert row["source"] == "document" or row["name"] != next(iter(table))
     path, _, test = row["test"].partition("::")
     assert equation in marks(ROOT / path)[test]
+
+
+def test_the_table_of_steps_is_that_of_the_settings():
+    """Every value but the default of every setting of the step has a row: its flag, the equation
+    that is read, who reads it so, and a test that carries the equation's mark.
+    """
+    wanted = []
+    for field in dataclasses.fields(StepConfig):
+        if field.name != "kept":  # a table of its own
+            values = [v for v in getattr(field.type, "__args__", ["N"]) if v != field.default]
+            wanted += [(field.name, "true" if field.type is bool else value) for value in values]
+    assert [(row["flag"].replace("-", "_"), row["value"]) for row in table_of_steps()] == wanted
+    for row in table_of_steps():
+        path, _, test = row["test"].partition("::")
+        assert row["equation"] in marks(ROOT / path)[test]
+        assert row["source"] in ("document", "release", "ours")
 
 
 def test_the_marks_are_equations():

@@ -157,6 +157,31 @@ def test_centroids_of_one_cluster_are_at_one_place():
     assert cosine_gap(e, scores, index, w, l) > 0.01
 
 
+@pytest.mark.equation("HN-4")
+def test_a_gap_by_jensen_shannon_would_say_the_same():
+    """To second order it is |U| Delta^2 / 8, by the oracle's distributions; so it orders pairs as
+    `union` does, and is no option. Control: `ranked` orders them otherwise.
+    """
+    e, scores, index = catalogue(n=60, d=12, k=5)
+    found = {"js": [], "second order": [], "union": [], "ranked": []}
+    for w, l in zip(range(30), range(30, 60), strict=True):
+        members = sorted({w, l, *index[w].tolist(), *index[l].tolist()})
+        p, q = (oracle.softmax((e[members] @ e[m]).tolist()) for m in (w, l))
+        between = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+        js = 0.0
+        for one in (p, q):
+            js += 0.5 * sum(a * math.log(a / b) for a, b in zip(one, between, strict=True))
+        gaps = {form: oracle.cluster_gap(e, scores, index, w, l, form) for form in GAPS}
+        found["js"].append(js)
+        found["second order"].append(len(members) * gaps["union"] ** 2 / 8)
+        found["union"].append(gaps["union"])
+        found["ranked"].append(gaps["ranked"])
+    np.testing.assert_allclose(found["js"], found["second order"], rtol=0.2)
+    order = {name: np.argsort(np.argsort(values)) for name, values in found.items()}
+    assert np.corrcoef(order["js"], order["union"])[0, 1] > 0.98
+    assert np.corrcoef(order["js"], order["ranked"])[0, 1] < 0.7
+
+
 # ---- the hardness (HN-5) ----
 
 

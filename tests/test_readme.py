@@ -162,6 +162,7 @@ def test_ci_runs_the_command_of_the_readme_and_ruff(clone):
 def test_ci_fails_where_the_command_fails_or_is_not_there(clone):
     code, calls, _ = clone(MARKED["test"][0].replace(".[test]", "broken"))
     assert code != 0 and calls[-1].startswith("pip ")
-    for readme in ("", TEXT.replace("ci: test", "ci: tests"), TEXT.replace("&& pytest -q -n 2", "")):
+    without = TEXT.replace("&& pytest -q -n 2", "")
+    for readme in ("", TEXT.replace("ci: test", "ci: tests"), without):
         code, calls, complaint = clone(readme)
         assert code == 1 and calls == [] and "no test command" in complaint

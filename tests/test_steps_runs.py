@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,9 +10,13 @@ import toy
 from safetensors.torch import load_file
 
 import train_dpo
+from hanorec.base.batches import global_batches, smallest_part
+from hanorec.base.config_steps import StepConfig
 from hanorec.base.errors import InputError
+from hanorec.run.record import check_settings
 
 
+@pytest.mark.equation("HN-10")
 def test_the_sft_adapter_trained_on(launch, sft):
     """Its reference is the SFT policy, that of a stacked run; without noise the first loss is ln 2;
     what is written stands on the base alone. Control: it is not the SFT adapter any more.
@@ -45,12 +50,37 @@ def test_all_readings_of_the_step_at_once(launch, sft):
     assert toy.furthest(out, sft) > 0 and facts["settings"]["kept"] == "inner"
 
 
+def test_a_run_from_before_these_settings_goes_on(tmp_path):
+    """Its run.json states none of them, which means their defaults. Control: others are refused."""
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"epochs": 1}}))
+    settings = {"epochs": 1, "targets": 1, "drop_last": False, **asdict(StepConfig())}
+    check_settings(tmp_path, settings)
+    for name, value in (("noise_pass", "forward"), ("drop_last", True), ("quotes", "chosen")):
+        with pytest.raises(InputError, match=name):
+            check_settings(tmp_path, {"epochs": 1, name: value})
+
+
+def test_the_rest_of_an_epoch_is_left_out():
+    """11 rows in steps of 6 = 2 micro-batches of 3: 9 rows, another rest in another epoch. Control:
+    all 11 without it."""
+    rests = set()
+    for epoch in range(3):
+        first, second = global_batches(11, 6, 7, epoch)
+        assert global_batches(11, 6, 7, epoch, multiple=3) == [first, second[:3]]
+        rests.add(tuple(second[3:]))
+    assert len(second) == 5 and len(rests) > 1
+    assert [smallest_part(n, 4) for n in (8, 9, 3, 7)] == [4, 1, 3, 3]
+
+
 @pytest.mark.parametrize(("flags", "said"), [
     (["--rewards", "noisy"], "--rewards noisy with --eta-over step"),
     (["--kept", "near"], "--kept near with --eta batch and --ablation full: expected --eta b"),
     (["--kept", "near", "--eta", "beta_dpo", "--ablation", "no_hars"], "an ablation with eta"),
     (["--noise-draw", "answer", "--checkpointing", "true"], "--noise-draw answer with --checkp"),
     (["--alignment-coef", 1, "--images", "none"], "--alignment-coef 1.0 with --images none"),
+    (["--alignment-coef", 1, "--shard", "true"], "--alignment-coef 1.0 with --shard"),
+    (["--eta-over", "micro", "--micro-batch", 11, "--kept", "inner", "--ablation", "no_hars"],
+     "a micro-batch has 2 pairs"),
     (["--continue-sft", "true"], "--continue-sft without --sft"),
     (["--continue-sft", "true", "--log-kl", "true", "--sft", "SFT"], "--log-kl or --kl-coef"),
     (["--continue-sft", "true", "--lora-rank", 4, "--sft", "SFT"], "give --lora-rank 8 --lora-alp"),

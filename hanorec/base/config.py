@@ -48,6 +48,11 @@ class DataConfig:
         "authors' release, before its Yes or No (3 before an answer of three titles): how many "
         "past items the prompt shows",
     )
+    targets: int = option(
+        1,
+        "document; 3 (authors' release, hit3): the last 3 items are the answer of one row, newest "
+        "first, a title a line",
+    )
     candidates: int = option(10, "document: items to choose from, the chosen one and 9 negatives")
     images: Literal["own", "none", "shuffled"] = option(
         "own",
@@ -57,6 +62,12 @@ class DataConfig:
     candidate_images: Literal["on", "off"] = option(
         "on",
         "document: images of the candidates; off (authors' release) spares their tokens",
+    )
+    quotes: Literal["none", "chosen"] = option(
+        "none",
+        "ours; chosen (authors' release): the title of the user's item in quotes, a rejected one "
+        "bare, so that the form of an answer gives away which it is; evaluation writes all in "
+        "quotes",
     )
     max_title_tokens: int | None = option(
         None,
@@ -92,7 +103,13 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self, history=1, candidates=2, neighbors=1, users_seed=0, max_title_tokens=1)
+        check(self, history=1, targets=1, neighbors=1, users_seed=0, max_title_tokens=1)
+        check(self, candidates=self.targets + 1)
+        if self.targets > 1 and self.task == "binary":
+            raise InputError(
+                f"--targets {self.targets} with --task binary: expected --targets 1, since that "
+                "asks about one item; give it, or use --task ranking"
+            )
 
 
 @dataclass(frozen=True)
@@ -306,6 +323,12 @@ class EvalConfig:
         "both",
         "candidate sets: random (document); hard (ours): near the positive; matched (ours): about "
         "as popular as the positive; both = random and hard",
+    )
+    answers: Literal["scored", "greedy", "sampled"] = option(
+        "scored",
+        "document: candidates by their scores; greedy, or sampled at temperature 0.95 and top-p "
+        "0.7 (authors' release): beside it what the policy writes, titles compared as texts; with "
+        "--task binary, Yes or No",
     )
     batch: int = option(4, "users in one forward")
     seed: int = option(2025, "seed of the candidate sets and of the intervals")

@@ -83,6 +83,12 @@ class StepConfig:
                 f"--alignment-coef {self.alignment_coef} with --images none: expected images to "
                 "align with titles; leave one of the two out"
             )
+        if self.alignment_coef > 0 and train.shard:
+            raise InputError(
+                f"--alignment-coef {self.alignment_coef} with --shard: expected one of the two, "
+                "since processes with other items need another number of forwards, which a divided "
+                "base must do together"
+            )
         if self.continue_sft and train.sft is None:
             raise InputError("--continue-sft without --sft: expected the adapter to go on with")
         if self.continue_sft and dpo.with_kl:

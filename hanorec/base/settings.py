@@ -1,11 +1,13 @@
 """How a command reads its settings: dataclasses filled from flags and JSON files.
 
 Flags and JSON keys are the field names: `train_sft.py --model M --data D --out O`, or
-`train_sft.py run.json`, or both, in which case the flags win.
+`train_sft.py run.json`, or both, in which case the flags win. Both win over `--preset`.
 """
 
+import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING
@@ -17,6 +19,7 @@ from transformers import HfArgumentParser
 from hanorec.base.command import with_home
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_json
+from hanorec.base.presets import BESIDE, PRESETS
 
 TINY, HUGE = 1e-9, 1e12  # least value of what must be above 0; what no setting reaches
 
@@ -43,17 +46,25 @@ def parse(
     types: Sequence[type],
     argv: Sequence[str] | None = None,
     about: str | None = None,
+    command: str | None = None,
 ) -> tuple[Any, ...]:
     """The dataclasses filled from a JSON file (first argument, if it ends in .json) and flags.
 
-    A value that begins with ~/ is in the user's home, see `with_home`. Unknown keys are
+    command: the script whose part of a preset `--preset` stands for; without it there is none. A
+    value that begins with ~/ is in the user's home, see `with_home`. Unknown keys are
     InputErrors, unknown flags end the command as argparse does.
     """
     argv = with_home(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(types, description=about, allow_abbrev=False)
+    if command is not None:
+        _add_preset(parser)
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        _add_preset(first)
+        preset, argv = first.parse_known_args(argv)
     if argv and argv[0].endswith(".json"):
-        given = {flag.partition("=")[0].replace("_", "-") for flag in argv}
-        argv = with_home(_flags_of_file(Path(argv[0]), types, given)) + argv[1:]
+        argv = with_home(_flags_of_file(Path(argv[0]), types, _flags_among(argv))) + argv[1:]
+    if command is not None and "preset" in preset:
+        argv = _flags_of_preset(preset.preset, command, _flags_among(argv)) + argv
     *configs, unknown_flags = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -61,6 +72,29 @@ def parse(
         unknown = " ".join(unknown_flags)
         parser.error(f"unknown arguments: {unknown}; --help lists the known ones")
     return tuple(configs)
+
+
+def _add_preset(parser: argparse.ArgumentParser) -> None:
+    about = "many settings at once, which are printed; release repeats the authors' release"
+    parser.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS, help=about)
+
+
+def _flags_among(words: Sequence[str]) -> set[str]:
+    """The flags of a command, as `_flag` has them."""
+    return {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+
+
+def _flags_of_preset(name: str, command: str, given: set[str]) -> list[str]:
+    """The settings of a preset as flags; what each of them is, and whether it is given, printed."""
+    lines, flags = [f"preset {name}:"], []
+    for key, (value, source) in PRESETS[name][command].items():
+        own = "; not set, since it is given" if _flag(key) in given else ""
+        lines.append(f"  {_flag(key)} {_text(value)}: {source}{own}")
+        if _flag(key) not in given:
+            flags += [_flag(key), _text(value)]
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join([*lines, f"  {BESIDE[name]}"]))
+    return flags
 
 
 def _flags_of_file(path: Path, types: Sequence[type], given: set[str]) -> list[str]:

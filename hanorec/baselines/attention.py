@@ -90,7 +90,10 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         if d % heads:
-            raise InputError(f"{heads} heads of a width of {d} in all: expected a divisor of it")
+            raise InputError(
+                f"{heads} heads of a width of {d} in all: expected a divisor of it; change --heads "
+                "or --dim"
+            )
         self.n_items, self.p, self.pre, self.causal = n_items, dropout, norm == "pre", causal
         self.items = item_table(n_items, d)  # M
         self.positions = nn.Parameter(torch.randn(length, d) * INITIAL_STD)  # P

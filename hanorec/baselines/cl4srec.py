@@ -7,6 +7,8 @@ as in `hanorec.baselines.sequential`; n = items of a row, 2B views of B users. S
 2020, arXiv 2010.14395.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -83,7 +85,7 @@ class CL4SRec(SASRec):
     """
 
     def __init__(
-        self, *sasrec, lam: float, tau: float, eta: float, gamma: float, beta: float
+        self, *sasrec: Any, lam: float, tau: float, eta: float, gamma: float, beta: float
     ) -> None:
         super().__init__(*sasrec)
         self.lam, self.tau = lam, tau

@@ -131,11 +131,10 @@ class Caser(nn.Module):
 
 
 class BERT4Rec(nn.Module):
-    """Attention in both directions: hidden items are told from all the others.
+    """Attention in both directions: what is hidden is told from all the other items.
 
     Args:
-        mask: the share of a training sequence that is hidden, at least one item; not all of what
-            is hidden is the last item, though that alone is asked for in the end.
+        mask: the share of a training sequence that is hidden, at least one item.
     """
 
     def __init__(
@@ -159,7 +158,7 @@ class BERT4Rec(nn.Module):
         return F.pad(self.norm(F.gelu(self.map(x))), (0, 1), value=1.0)
 
     def state(self, users: Tensor, sequences: Tensor) -> Tensor:
-        """(B,), (B, T) -> (B, d + 1), at a mask token behind the last L - 1 items, if any."""
+        """(B,), (B, T) -> (B, d + 1), at a mask token behind the last L - 1 items."""
         items = newest(sequences, self.length - 1, self.n_items)
         end = lengths(items, self.n_items)[:, None]  # (B, 1)
         asked = F.pad(items, (0, 1), value=self.n_items).scatter(1, end, self.n_items + 1)

@@ -41,8 +41,8 @@ def train(files: VectorFiles, config: MatrixConfig) -> None:
     for _ in run.epochs(model, optimizer, partial(matrix_vectors, model)):
         for batch in run.batches(len(users)):
             u, i = users[batch], items[batch]  # (B,) each
-            j = sampler.draw(u, 1, run.generator)[:, 0]  # BR-1: (B,)
-            loss = model.loss(u, i, j)  # LG-2: ()
+            j = sampler.draw(u, 1, run.generator)[:, 0]  # (B,), by BR-1
+            loss = model.loss(u, i, j)  # (), LG-2
             loss.backward()
             run.update(len(batch) / len(users), loss=loss.item())
     run.finish()

@@ -35,7 +35,7 @@ def draw_candidates(
     for example, seen in with_seen(examples):
         rng = generator_of(seed, example, seen, catalog)
         taken: list[int] = []
-        used = {catalog.titles[example.target]}
+        used = {catalog.titles[row] for row in example.targets}
 
         # rejection first: it costs nothing in a large catalogue
         draws = rng.integers(n_items, size=4 * negatives + 16)
@@ -78,7 +78,7 @@ def draw_hard_candidates(
     for example, seen in with_seen(examples):
         rng = generator_of(seed, example, seen, catalog)
         taken: list[int] = []
-        used = {catalog.titles[example.target]}
+        used = {catalog.titles[row] for row in example.targets}
         near = rng.permutation(neighbors[example.target])
         take(near.tolist(), taken, used, negatives, seen, catalog.titles)
         if len(taken) < negatives:
@@ -154,10 +154,10 @@ def take(
 def shuffled(
     rng: np.random.Generator, example: Example, taken: list[int], rows: list[int]
 ) -> Example:
-    """The example with its target and the rows `taken` as candidates, in random order.
+    """The example with its targets and the rows `taken` as candidates, in random order.
 
     rows: 0, 1, 2 ... as the integers that the whole catalogue shares; new ones would cost three
     times the memory.
     """
-    order = rng.permutation([example.target, *taken]).tolist()
+    order = rng.permutation([*example.targets, *taken]).tolist()
     return replace(example, candidates=tuple(rows[row] for row in order))

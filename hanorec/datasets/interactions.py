@@ -49,6 +49,12 @@ class Example:
     target: int
     seen: Collection[int]  # never a negative; includes the target; may repeat
     candidates: Rows = ()  # the target and its negatives, shuffled
+    also: Rows = ()  # further targets of one answer with it, newest first: lists.py
+
+    @property
+    def targets(self) -> Rows:
+        """All that are to be predicted, the newest first."""
+        return self.target, *self.also
 
 
 def _check_split(split: str) -> None:

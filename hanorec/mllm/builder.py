@@ -41,21 +41,42 @@ class PromptBuilder:
         )
         return replace(self.catalog, titles=titles)
 
-    def ranking_row(self, example: Example, answers: Sequence[int]) -> prompts.Row:
+    def ranking_row(
+        self, example: Example, answers: Sequence[int], chosen: int | None = None
+    ) -> prompts.Row:
         """The ranking prompt of an example, answered by the titles of these catalogue rows.
 
+        chosen: how many of them, from the first, are written as the user's own; default all.
         InputError where two titles are one sequence of tokens, so that no answer could tell them
         apart. Items of one title are not looked at: no candidate set holds them, a retriever may.
         """
-        titles = [self.shown.titles[row] for row in answers]
-        row = self._row(example, self.ranking_parts(example), titles)
+        texts = [self.shown.titles[row] for row in answers]
+        row = self._row(example, self.ranking_parts(example), self.quoted(texts, chosen))
         self.check_answers(example, answers, row.answers)
         return row
 
+    def list_row(
+        self, example: Example, answers: Sequence[Sequence[int]], chosen: int | None = None
+    ) -> prompts.Row:
+        """`ranking_row` where each answer is the titles of a list (--targets), a line each."""
+        texts = []
+        for answer in answers:
+            texts.append("\n".join(self.shown.titles[row] for row in answer))
+        return self._row(example, self.ranking_parts(example), self.quoted(texts, chosen))
+
+    def quoted(self, texts: Sequence[str], chosen: int | None = None) -> list[str]:
+        """Answers as --quotes writes them, the first `chosen` of them as the user's own."""
+        quoted = list(texts)
+        if self.config.quotes == "chosen":
+            quoted[:chosen] = [f'"{text}"' for text in texts[:chosen]]
+        return quoted
+
     def ranking_parts(self, example: Example) -> list[prompts.Part]:
         """Texts and images of an example's ranking prompt."""
-        images = self.config.candidate_images == "on"
-        return prompts.ranking_parts(self.shown, example.history, example.candidates, images)
+        images, targets = self.config.candidate_images == "on", self.config.targets
+        return prompts.ranking_parts(
+            self.shown, example.history, example.candidates, images, targets
+        )
 
     def binary_row(self, example: Example, target: int, answers: Sequence[str]) -> prompts.Row:
         """The binary prompt about one item, answered by Yes, No, or both."""

@@ -1,4 +1,4 @@
-"""Texts that the language model writes, greedily, and the file that keeps them.
+"""Texts that the language model writes, greedily or sampled, and the file that keeps them.
 
 Decoding recomputes the whole row for each token, without a cache of keys and values: attention by
 segments takes none, and so the logits are those of `hanorec.mllm.forward.forward`.
@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from hanorec.base.batches import chunks
@@ -24,9 +26,15 @@ from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.prompts import Row
 
+Choose = Callable[[int, Tensor], int]  # number of the row, logits (V,) -> the next token
 BLOCKS = 50  # in which texts are made and kept: what an interrupted run loses is one of them
 
 # ---- writing ----
+
+
+def likeliest(row: int, logits: Tensor) -> int:
+    """The token of the largest logit, of equal ones the first."""
+    return int(logits.argmax())
 
 
 def generate(
@@ -35,8 +43,10 @@ def generate(
     pictures: Mapping[int, ImageFeatures],
     limit: int,
     batch: int = 4,
+    choose: Choose = likeliest,
 ) -> list[str]:
-    """How the model goes on behind each prompt: always the likeliest token, up to `limit` of them.
+    """How the model goes on behind each prompt: by default always the likeliest token, up to
+    `limit` of them.
 
     A text ends where its turn does, or before any other marker of a turn or an image. It is
     stripped, and without NUL, which no file of texts can hold. Rows of one length share a forward
@@ -44,6 +54,7 @@ def generate(
 
     Args:
         rows: prompts; their answers are not looked at.
+        choose: another choice of the next token, see `nucleus`.
     Raises:
         InputError: a prompt with `limit` tokens behind it exceeds the model's context.
     """
@@ -59,7 +70,7 @@ def generate(
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     texts = [""] * len(rows)
     for part in tqdm(list(chunks(by_length, batch)), "writing", disable=None, leave=False):
-        written = continued(backbone, [rows[i] for i in part], pictures, limit)
+        written = continued(backbone, [rows[i] for i in part], pictures, limit, choose, part)
         for i, tokens in zip(part, written, strict=True):
             texts[i] = backbone.tokenizer.decode(tokens).replace("\0", "").strip()
     return texts
@@ -67,10 +78,15 @@ def generate(
 
 @torch.no_grad()
 def continued(
-    backbone: Backbone, rows: Sequence[Row], pictures: Mapping[int, ImageFeatures], limit: int
+    backbone: Backbone,
+    rows: Sequence[Row],
+    pictures: Mapping[int, ImageFeatures],
+    limit: int,
+    choose: Choose = likeliest,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """The tokens of `generate` behind each of these rows, which share a forward; without the one
-    that ends them."""
+    that ends them. numbers: by which `choose` knows them."""
     end = backbone.turn.whole[-1]
     written: list[list[int]] = [[] for _ in rows]
     unfinished = list(range(len(rows)))
@@ -79,9 +95,10 @@ def continued(
         parts = [replace(rows[i], answers=[[*written[i], end]]) for i in unfinished]
         micro = collate(backbone, parts, pictures)
         micro = replace(micro, columns=micro.columns[:, -2:-1])  # (b, 1): what predicts it
-        tokens = forward(backbone, micro)[:, 0].argmax(-1).tolist()  # (b,)
+        logits = forward(backbone, micro)[:, 0]  # (b, V)
         going_on = []
-        for i, token in zip(unfinished, tokens, strict=True):
+        for i, own in zip(unfinished, logits, strict=True):
+            token = choose(numbers[i] if numbers else i, own)
             if token != end and token not in backbone.markers:
                 written[i].append(token)
                 going_on.append(i)
@@ -89,6 +106,25 @@ def continued(
         if not unfinished:
             break
     return written
+
+
+def nucleus(seed: int, temperature: float = 0.95, top_p: float = 0.7) -> Choose:
+    """Sampling from the likeliest tokens that together have the probability `top_p`.
+
+    Each row draws from a stream of its own, so that a text does not depend on which rows share a
+    forward. The token that takes the sum over top_p is one of them.
+    """
+    streams: dict[int, np.random.Generator] = {}
+
+    def choose(row: int, logits: Tensor) -> int:
+        stream = streams.setdefault(row, np.random.default_rng([seed, row]))
+        p, tokens = (logits.double() / temperature).softmax(0).sort(descending=True, stable=True)
+        before = p.cumsum(0) - p
+        p = torch.where(before < top_p, p, 0.0).cumsum(0)
+        number = int(torch.searchsorted(p, stream.random() * p[-1].item(), right=True))
+        return int(tokens[min(number, int((before < top_p).sum()) - 1)])
+
+    return choose
 
 
 # ---- keeping ----

@@ -21,6 +21,7 @@ Part = str | int  # a text, or the row of the item whose image stands here
 HISTORY = "A user chose these items, oldest first:\n"
 WHICH = "Which of these candidates does the user choose next?\n"
 TITLE_ALONE = "Answer with the title alone."
+TITLES_ALONE = "Answer with the titles of the next {} alone, a line each, the latest first."
 
 YES, NO = "Yes", "No"
 WHETHER = "Does the user choose this item next?\n"
@@ -31,16 +32,20 @@ YES_OR_NO = f"Answer {YES} or {NO}."
 
 
 def ranking_parts(
-    catalog: Catalog, history: Sequence[int], candidates: Sequence[int], images: bool = True
+    catalog: Catalog,
+    history: Sequence[int],
+    candidates: Sequence[int],
+    images: bool = True,
+    targets: int = 1,
 ) -> list[Part]:
     """The ranking prompt: history and candidates, each title with its image; images=False leaves
-    the candidates' images out."""
+    the candidates' images out. targets: how many titles the answer has."""
     return [
         HISTORY,
         *listed(catalog, history),
         WHICH,
         *listed(catalog, candidates, images),
-        TITLE_ALONE,
+        TITLE_ALONE if targets == 1 else TITLES_ALONE.format(targets),
     ]
 
 

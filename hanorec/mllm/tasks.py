@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from hanorec.base.batches import chunks
 from hanorec.base.config import NEGATIVES, DataConfig, TrainConfig
 from hanorec.base.errors import InputError
 from hanorec.datasets.candidates import draw_candidates, draw_hard_candidates, near_count
@@ -21,6 +22,7 @@ from hanorec.datasets.interactions import (
     select_users,
     training_examples,
 )
+from hanorec.datasets.lists import list_examples
 from hanorec.datasets.picks import load_picks
 from hanorec.hars import fuse
 from hanorec.mllm import prompts
@@ -40,15 +42,20 @@ def load_examples(
     catalog = load_catalog(data.data, images=data.images != "none")
     interactions = load_interactions(data.data, catalog)
     users = select_users(interactions.train, data.users_from, data.users_to, data.users_seed)
-    examples = training_examples(interactions, config.targets_per_user, data.history, users)
+    if data.targets == 1:
+        examples = training_examples(interactions, config.targets_per_user, data.history, users)
+    else:
+        own = {user: interactions.train[user] for user in users}
+        examples = list_examples(own, data.targets, data.history, config.targets_per_user)
     without = len(users) - len({example.user for example in examples})
     if without:
-        print(
-            f"{without} of {len(users)} users have a single training item, so they give no example"
-        )
+        few = "a single training item"
+        if data.targets > 1:
+            few = f"fewer than {data.targets + 1} training items, or one twice among the last"
+        print(f"{without} of {len(users)} users have {few}, so they give no example")
     check_some(data.data, examples, users)
     print_missing_images(catalog, data)
-    negatives = data.candidates - 1
+    negatives = data.candidates - data.targets
     builder = PromptBuilder(backbone, catalog, {}, data)
     if config.draw == "random":
         examples = draw_candidates(examples, builder.shown, negatives, config.seed)
@@ -118,7 +125,7 @@ def negatives_of(
     (it has no image) gives way to the first. The draw depends on the seed and on the example's own
     prompt.
     """
-    negatives = [row for row in example.candidates if row != example.target]
+    negatives = [row for row in example.candidates if row not in example.targets]
     if len(negatives) < count:
         raise InputError(
             f"user {example.user!r}: {len(negatives)} negatives among the candidates, expected at "
@@ -169,7 +176,9 @@ def sft_rows(builder: PromptBuilder, examples: Sequence[Example], seed: int) -> 
     """
     rows = []
     for example in tqdm(examples, desc="prompts", disable=None, leave=False):
-        if builder.config.task == "ranking":
+        if builder.config.targets > 1:
+            rows.append(builder.list_row(example, [example.targets]))
+        elif builder.config.task == "ranking":
             rows.append(builder.ranking_row(example, [example.target]))
         else:
             negative = negatives_of(example, seed)[0]
@@ -181,11 +190,17 @@ def sft_rows(builder: PromptBuilder, examples: Sequence[Example], seed: int) -> 
 @dataclass(frozen=True)
 class Preference:
     """One prompt and its preference pairs: a row with the answers (y_w, y_l, y_l ...), and the
-    items (w, l, l ...) behind them."""
+    items (w, l, l ...) behind them, with --targets above 1 the first of each answer's."""
 
     row: Row
     chosen: int
     rejected: list[int]
+    lists: list[list[int]] | None = None  # all items of each answer, where it has several
+
+    @property
+    def items(self) -> list[list[int]]:
+        """The items of each answer, (1 + n, --targets), the chosen one's first."""
+        return self.lists or [[item] for item in (self.chosen, *self.rejected)]
 
 
 def preferences(
@@ -207,12 +222,16 @@ def preferences(
             f"--rejected {count} with --task binary: expected 1, since the only other answer is "
             "No; use --task ranking"
         )
-    found, items = [], rejected_items(builder, examples, seed, count, kind)
+    size = builder.config.targets
+    found, items = [], rejected_items(builder, examples, seed, count * size, kind)
     for i, example in enumerate(tqdm(examples, desc="prompts", disable=None, leave=False)):
         chosen, rejected = example.target, items[i]
+        if size > 1:
+            found.append(_list_preference(builder, example, rejected))
+            continue
         if builder.config.task == "ranking":
             check_titles(builder.catalog, example, rejected)
-            rows = [builder.ranking_row(example, [chosen, *rejected])]
+            rows = [builder.ranking_row(example, [chosen, *rejected], chosen=1)]
         else:
             rows = [
                 builder.binary_row(example, chosen, [prompts.YES, prompts.NO]),
@@ -220,6 +239,15 @@ def preferences(
             ]
         found += [Preference(row, chosen, rejected) for row in rows]
     return found
+
+
+def _list_preference(
+    builder: PromptBuilder, example: Example, rejected: Sequence[int]
+) -> Preference:
+    """The targets in one answer against as many of the rejected items in each of the others."""
+    lists = [list(example.targets), *map(list, chunks(rejected, len(example.targets)))]
+    row = builder.list_row(example, lists, chosen=1)
+    return Preference(row, example.target, [one[0] for one in lists[1:]], lists)
 
 
 def check_titles(catalog: Catalog, example: Example, rejected: Sequence[int]) -> None:

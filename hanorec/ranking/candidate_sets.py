@@ -29,6 +29,7 @@ from hanorec.datasets.interactions import (
     load_interactions,
     select_users,
 )
+from hanorec.datasets.lists import list_examples, whole_sequences
 from hanorec.datasets.matched import draw_matched_candidates
 
 KINDS = {  # of `--sets`
@@ -138,6 +139,27 @@ def frozen_sets(
     return sets
 
 
+def list_sets(held: HeldOut, data: DataConfig, config: EvalConfig) -> dict[str, list[Example]]:
+    """With --targets above 1: the last items of each user's sequence amid random negatives.
+
+    The targets may reach back into earlier splits. A function of --seed, so kept in no file.
+    InputError where nobody has enough items.
+    """
+    sequences = whole_sequences(held.interactions, config.split, sorted(held.users))
+    examples = list_examples(sequences, data.targets, data.history, data.targets)
+    if not examples:
+        raise InputError(
+            f"{data.data}: of {len(sequences)} users in {config.split}.tsv nobody has "
+            f"{data.targets} different targets and an earlier item, expected some; lower --targets"
+        )
+    without = len(sequences) - len(examples)
+    if without:
+        print(f"note: {without} of {len(sequences)} users have too few items for --targets")
+    negatives = data.candidates - data.targets
+    drawn = draw_candidates(examples, held.catalog, negatives, config.seed)
+    return {f"last {data.targets}": drawn}
+
+
 def _draw(
     path: Path,
     held: HeldOut,
@@ -167,7 +189,9 @@ def input_hashes(
 ) -> dict[str, str]:
     """What was evaluated on what: the data, the candidates, and every policy's adapters."""
     files = {}
-    if config.retriever is None:
+    if data.targets > 1:
+        pass  # candidates are in no file
+    elif config.retriever is None:
         for kind in KINDS[config.sets]:
             files[f"candidates_{kind}"] = candidates_path(data, config, kind)
     else:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hanorec.base.errors import InputError
 from hanorec.ranking.early_stopping import BestEpoch
-from hanorec.run.checkpoint import Generators, load_checkpoint, save_checkpoint
+from hanorec.run.checkpoint import load_checkpoint, save_checkpoint
 from hanorec.run.log import append_log
 
 
@@ -41,20 +41,17 @@ class Epochs:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         validate: Callable[[], Mapping[str, float]],
-        **own: torch.Generator,
     ) -> Iterator[int]:
         """The epochs still to be done, from 1, until `patience` validations bring nothing better.
 
-        Args:
-            validate: metric -> its value on validation, of the model as it then is.
-            own: generators that the model has beside the loop's.
+        validate: metric -> its value on validation, of the model as it then is.
         """
-        self.model, self.optimizer = model, optimizer
+        self.optimizer = optimizer
         self.weights = dict(model.named_parameters())
         self.best = BestEpoch(self.weights)
-        # Weights, best weights, Adam's moments, the generators' states, the log's length.
+        # Weights, best weights, Adam's moments, the generator's state, the log's length.
         tensors = [*self.weights.values(), *self.best.weights.values()]
-        random: Generators = {"loop": self.generator, **own}
+        random = {"loop": self.generator}
         self.epoch, facts = load_checkpoint(self.out, tensors, optimizer, random)
         self.best.go_on(facts)
 
@@ -63,23 +60,21 @@ class Epochs:
         while self.epoch < most and self.epoch - self.best.epoch < patience:
             self.epoch += 1
             self.means: Counter[str] = Counter()
-            model.train()
             yield self.epoch
             # Safe here: the loop asks for the next epoch once it has done all of this one. If it
             # failed on the way, it never comes back, and nothing of the epoch is kept.
-            valid: Mapping[str, float] = {}
-            if due := self.epoch % self.every == 0 or self.epoch == most:
-                model.eval()
-                valid = validate()
-                self.best.offer(self.epoch, valid[self.metric], self.weights)
-                bar.set_postfix({f"valid {self.metric}": f"{valid[self.metric]:.4f}",
-                                 "best": f"{self.best.score:.4f}"})
-            record = {f"valid_{name}": value for name, value in valid.items()}
-            append_log(self.out / "log.jsonl", {"epoch": self.epoch, **self.means, **record})
-            if due:
-                facts = self.best.facts
-                save_checkpoint(self.out, self.epoch, tensors, optimizer, random, **facts)
             bar.update()
+            if self.epoch % self.every and self.epoch < most:
+                self._log({})
+                continue
+            valid = validate()
+            score = valid[self.metric]
+            self.best.offer(self.epoch, score, self.weights)
+            self._log(valid)
+            facts = self.best.facts
+            save_checkpoint(self.out, self.epoch, tensors, optimizer, random, **facts)
+            shown = {f"valid {self.metric}": f"{score:.4f}", "best": f"{self.best.score:.4f}"}
+            bar.set_postfix(shown)
         bar.close()
 
     def batches(self, n: int) -> Iterator[Tensor]:
@@ -109,4 +104,8 @@ class Epochs:
         """The model has the best epoch's weights from here on."""
         for name, weight in self.weights.items():
             weight.copy_(self.best.weights[name])
-        self.model.eval()
+
+    def _log(self, valid: Mapping[str, float]) -> None:
+        """The epoch's line in log.jsonl: means over its steps, metrics of validation if any."""
+        record = {f"valid_{name}": value for name, value in valid.items()}
+        append_log(self.out / "log.jsonl", {"epoch": self.epoch, **self.means, **record})

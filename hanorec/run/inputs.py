@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hanorec.base.config import NEGATIVES, EvalConfig
+from hanorec.base.config import NEGATIVES, DataConfig, EvalConfig
 from hanorec.base.config_steps import StepConfig
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_object, sha256
@@ -26,8 +26,8 @@ from hanorec.run.reference import read_reference
 
 def check_training(configs: Sequence[Any]) -> None:
     """InputError where --sft is no adapter, --reference no file of reference log-probabilities,
-    --negatives no file that can be read, --images is for evaluation alone, or a reading of the
-    step does not go with the rest.
+    --negatives no file that can be read, or --images is for evaluation alone, or settings do not go
+    together.
 
     configs: of a training script, of which some have these settings.
     """
@@ -43,12 +43,30 @@ def check_training(configs: Sequence[Any]) -> None:
             read_reference(Path(config.reference))
         if getattr(config, "negatives", "random") not in NEGATIVES:
             read_object(Path(config.negatives))
+            if configs[1].targets > 1:
+                raise InputError(
+                    f"--negatives {config.negatives} with --targets {configs[1].targets}: expected "
+                    "random, same or chns, since the file has one item for each prompt, not a list"
+                )
         if isinstance(config, StepConfig):
             config.check_with(*configs[1:4])
 
 
-def check_evaluation(config: EvalConfig) -> None:
-    """InputError where an --adapter is none, or --retriever no folder for this split."""
+def check_evaluation(data: DataConfig, config: EvalConfig) -> None:
+    """InputError where an --adapter is none, or --retriever no folder for this split, or --targets
+    or --answers do not go with the rest."""
+    other = config.retriever is not None or config.user is not None
+    if data.targets > 1 and (config.answers == "scored" or config.sets != "both" or other):
+        raise InputError(
+            f"--targets {data.targets}: expected --answers greedy or sampled, since a list has no "
+            "score for each candidate, and no --sets, --retriever or --user: its candidates are "
+            "random; change these"
+        )
+    if config.answers != "scored" and other:
+        raise InputError(
+            f"--answers {config.answers} with --retriever or --user: expected scored, since both "
+            "order items by their scores; run it apart"
+        )
     for policy in config.adapter:
         if policy != "base":
             check_named_adapter("--adapter", policy)

@@ -35,6 +35,11 @@ def spread(name: str, values: Tensor) -> dict[str, float]:
     return {name: values.mean().item(), f"{name}_min": low, f"{name}_max": high}
 
 
+def joined(ids: Sequence[str], rows: Sequence[int]) -> str:
+    """The ids of an answer's items."""
+    return " ".join(ids[row] for row in rows)
+
+
 def write_pairs(
     path: Path,
     ids: Sequence[str],
@@ -46,17 +51,18 @@ def write_pairs(
     """What HaRS makes of each pair, a line a pair: how alike its items are, Delta, lambda.
 
     Args:
-        ids: item ids of the catalogue. e: (N, d) unit rows. delta (pairs,) and lam (pairs,) or
-            (prompts, n), in the order of the prompts.
+        ids: item ids of the catalogue. e: (N, d) unit rows. lam: (pairs,) or (prompts, n), in the
+            order of the prompts. delta: (pairs,), or with --targets so many of each pair.
     """
     if rank() > 0:
         return
     lines = ["user\tchosen\trejected\tcosine\tdelta\tlambda"]
+    delta = delta.view(lam.numel(), -1).mean(1)
     numbers = iter(zip(delta.tolist(), lam.flatten().tolist(), strict=True))
     for prompt in prompts:
-        w, rejected = prompt.chosen, prompt.rejected
-        cosines = (e[w] * e[rejected]).sum(1).tolist()
-        for l, cosine in zip(rejected, cosines, strict=True):
+        w, *rejected = prompt.items
+        for l in rejected:
+            cosine = (e[w] * e[l]).sum(1).mean().item()  # place by place, of a list's items
             values = [f"{x:.6f}" for x in (cosine, *next(numbers))]
-            lines.append("\t".join([prompt.row.name, ids[w], ids[l], *values]))
+            lines.append("\t".join([prompt.row.name, joined(ids, w), joined(ids, l), *values]))
     write_text(path, "\n".join(lines) + "\n")

@@ -46,9 +46,7 @@ class RankingRun:
     def epochs(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, sampler: NegativeSampler
     ) -> Iterator[int]:
-        """The epochs still to be done, see `Epochs.still_to_do`.
-
-        model: its method propagate gives the `Embeddings` of `hanorec.ranking.full_ranking`.
+        """The epochs still to be done of a `hanorec.brmrs.model.BRMRS`, see `Epochs.still_to_do`.
         """
         self.model = model
         self.weights = list(model.parameters())

@@ -24,7 +24,8 @@ from hanorec.run.checkpoint import drop_checkpoints
 from hanorec.run.inputs import comparable, turn_sha256
 
 # What runs did before there was a setting for it, which they do not state.
-BEFORE = {"max_title_tokens": None, "images": "own"}  # in prompts
+# In prompts:
+BEFORE = {"max_title_tokens": None, "images": "own", "quotes": "none", "targets": 1}
 BEFORE_IN_RUNS = {
     **BEFORE,
     "schedule": "cosine",
@@ -181,7 +182,7 @@ def prompt_settings(
         "candidate_images": data.candidate_images,
         "max_pixels": model.max_pixels,
     }
-    newer = {"max_title_tokens": data.max_title_tokens, "images": data.images}
+    newer = {name: getattr(data, name) for name in BEFORE}
     if backbone is not None:
         return {**settings, **newer, "turn": turn_sha256(backbone)}
     # As earlier versions stated them in reference.safetensors.

@@ -83,7 +83,7 @@ def step_for(
     """
     if not (readings.changes_the_step or dpo.normalised or dpo.with_kl):
         return documented
-    if readings.eta_over == "micro" and dpo.hars:
+    if readings.eta_over == "micro" and (dpo.hars or readings.kept != "all"):
         least = min(smallest_part(len(batch), train.micro_batch) for _, batch in plan)
         if least * dpo.rejected < 3:
             raise InputError(
@@ -147,18 +147,12 @@ def other_step(readings: StepConfig, stage: Stage, batch: Sequence[int], step: i
     micros = [packs(stage, part, readings.noise_draw == "answer") for part, _ in parts]
     weights = Weights(readings, stage, step)
 
-    policy.eval()
     if weights.wanted and readings.rewards == "clean":
-        clean = [stage.reference[part] for part, _ in parts]
+        policy.eval()
+        clean = [stage.reference[part] for part, _ in parts]  # at first it is the policy
         if step > 0:
             clean = [torch.cat(score_batches(backbone, micro), 1) for micro in micros]
-        if readings.eta_over == "step":
-            h = prompt_logits(gather_batch(clean, len(batch)), stage.reference[batch])
-            weights.weigh(batch, reward_gap(h, dpo.beta0))
-        else:
-            for (part, counts), log_probs in zip(parts, clean, strict=True):
-                h = prompt_logits(log_probs, stage.reference[part])
-                weights.weigh_micro(part, reward_gap(h, dpo.beta0), counts)
+        weigh_clean(readings, stage, batch, clean, weights)
 
     policy.train()
     pairs = lam[batch].numel()
@@ -204,6 +198,25 @@ def other_step(readings: StepConfig, stage: Stage, batch: Sequence[int], step: i
     return Taken(log_probs, weights.eta, beta, loss_sum, kl_sum / readings.noise_draws)
 
 
+def weigh_clean(
+    readings: StepConfig,
+    stage: Stage,
+    batch: Sequence[int],
+    clean: Sequence[Tensor],
+    weights: Weights,
+) -> None:
+    """Weigh the pairs by the clean policy's log-probabilities of each micro-batch, (b, 1 + n)."""
+    beta0 = stage.dpo.beta0
+    if readings.eta_over == "step":
+        h = prompt_logits(gather_batch(clean, len(batch)), stage.reference[batch])
+        weights.weigh(batch, reward_gap(h, beta0))
+        return
+    parts = micro_batches(batch, stage.train.micro_batch)
+    for (part, counts), log_probs in zip(parts, clean, strict=True):
+        h = prompt_logits(log_probs, stage.reference[part])
+        weights.weigh_micro(part, reward_gap(h, beta0), counts)
+
+
 def packs(stage: Stage, part: Sequence[int], apart: bool) -> list[Batch]:
     """These prompts with all their answers in one forward; apart: a forward for each answer."""
     rows = [stage.rows[i] for i in part]
@@ -224,7 +237,7 @@ def alignment(stage: Stage, part: Sequence[int]) -> Tensor:
     builder = stage.builder
     items: set[int] = set()
     for i in part:
-        items.update([stage.prompts[i].chosen, *stage.prompts[i].rejected])
+        items.update(chain(*stage.prompts[i].items))
     shown = sorted(items & builder.pictures.keys())
     if len(shown) < 3:
         return torch.zeros((), device=builder.backbone.device)

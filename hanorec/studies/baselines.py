@@ -3,8 +3,8 @@
     python -m hanorec.baselines --data DATA --out OUT
         the rows that need no checkpoint
     python -m hanorec.baselines --data DATA --model MODEL --out OUT [--rows "SASRec (CE);SPRec"]
-            [--seeds 3] [--trials 6] [--split val] [--sft FLAGS] [--dpo FLAGS] [--matrix FLAGS]
-            [--sequence FLAGS] [--test FLAGS]
+            [--seeds 3] [--trials 6] [--split val] [--sft FLAGS] [--dpo FLAGS] [--sprec FLAGS]
+            [--matrix FLAGS] [--sequence FLAGS] [--test FLAGS]
 
 The same command again goes on where it stopped; what is finished is not done again.
 
@@ -30,6 +30,8 @@ from hanorec.studies.baselines_makers import MAKERS, STAGES
 from hanorec.studies.baselines_runs import Comparison
 from hanorec.studies.baselines_scoring import load_asked, untrained_share
 from hanorec.studies.baselines_table import summarise, table
+
+OWN = ["--split", "--adapter", "--out", "--retriever", "--user"]  # not to be given by --test
 
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,10 +68,10 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     args.rows = chosen_rows(args.rows, args.model)
     args.flags = {stage: shlex.split(getattr(args, stage)) for stage in STAGES}
     for flag in args.flags["test"]:
-        if flag.partition("=")[0] in ("--split", "--adapter", "--out"):
+        if flag.partition("=")[0] in OWN:
             raise InputError(
-                f"--test {args.test!r}: holds {flag}, expected flags of evaluate.py without it; "
-                "this command sets it itself")
+                f"--test {args.test!r}: holds {flag}, expected flags of evaluate.py other than "
+                f"{', '.join(OWN)}")
     return args
 
 

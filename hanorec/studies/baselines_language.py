@@ -16,6 +16,7 @@ from hanorec.baselines import llara_training, mllm_msr, msrbench, picking, sprec
 from hanorec.baselines.config_llara import LlaraConfig
 from hanorec.baselines.msr_texts import generated
 from hanorec.baselines.msr_words import extractive
+from hanorec.datasets.catalog import data_hash, load_catalog
 from hanorec.datasets.interactions import Example
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.evaluation import score, use_policy
@@ -53,7 +54,7 @@ def train_sprec(flags: list[str], out: Path, spent: Path) -> None:
     """All stages of all rounds, but for those that are finished; run.json says which policy is the
     last."""
     if not (out / "run.json").exists():
-        configs = model, _, train, config = parse(SPREC, [*flags, "--out", str(out)])
+        configs = model, data, train, config = parse(SPREC, [*flags, "--out", str(out)])
         own = argparse.ArgumentParser(allow_abbrev=False)
         for flag in ("--model", "--sft", "--rounds"):
             own.add_argument(flag)
@@ -64,7 +65,8 @@ def train_sprec(flags: list[str], out: Path, spent: Path) -> None:
             train_stage(stage, spent / f"{stage.out.name}.json")
             if stage.name == "train_dpo":
                 pairs += read_object(stage.out / "run.json")["pairs"]
-        write_run(out, configs, {}, policy=policy, pairs=pairs)
+        inputs = {"data": data_hash(load_catalog(data.data))}
+        write_run(out, configs, inputs, policy=policy, pairs=pairs)
     check_settings(out, settings(SPREC, flags))
 
 

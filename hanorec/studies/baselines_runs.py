@@ -109,8 +109,8 @@ class Comparison:
     def tune(self, name: str, seed: int) -> None:
         """Every trial of a row on validation; nothing to do where there is no choice."""
         test = [*self.test("val", name), "--sets", "random"]
-        settings, values = self.settings_of(name), []
-        for number in range(len(settings) if len(settings) > 1 else 0):
+        count, values = len(self.settings_of(name)), []
+        for number in range(count if count > 1 else 0):
             report = self.score(name, seed, number, "trials", test)
             values.append(report["sets"]["random"]["metrics"][METRIC]["value"])
         self.tried[name] = values
@@ -141,7 +141,7 @@ class Comparison:
         row = self.rows[name]
         maker, out = MAKERS[row.maker], self.folder(name, seed, number)
         training, scoring = (self.folder(name, seed, number, "cpu", of) for of in ("", where))
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"inputs": {}}
         if row.grid:
             maker.train(self.training(name, number, seed), out, training)
             facts = read_object(out / "run.json")
@@ -157,8 +157,11 @@ class Comparison:
             for setting in fields(ModelConfig):
                 del known[setting.name]
         check_settings(report, known)
+        found = read_report(report)
+        trained_on = {key: value for key, value in facts["inputs"].items() if key == "data"}
+        check_inputs(report, name, found["evaluated_on"], trained_on, "its training")
         return {
-            **read_report(report),
+            **found,
             "training": cpu_seconds(training),
             "scoring": cpu_seconds(scoring),
             "pairs": facts.get("pairs", facts.get("rows")),
