@@ -72,7 +72,7 @@ def test_the_page_has_the_sizes():
     for stage, said in (
         ("noise", "2 epochs, 30 steps of 32; 5 seeds"),
         ("labels", "1 epoch, 29 steps of 32, β0 = 0.1; 3 seeds"),
-        ("over", "64 epochs at a constant rate, 192 steps of 16"),
+        ("over", "64 epochs at a constant rate, 128 steps of 16"),
     ):
         flags = study.STAGES[stage][0]
         own = map_rows.OWN[stage][0]
