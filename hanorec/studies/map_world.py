@@ -182,7 +182,7 @@ def measures(
     moved = np.array(scores) - np.array(reference)  # log pi - log pi_ref
     for user, of_user in zip(users, moved, strict=True):
         target = np.array(user["candidates"]) == user["target"]
-        h = of_user[target] - of_user[~target]  # DPO-1: (C - 1,)
+        h = of_user[target] - of_user[~target]  # (C - 1,) of DPO-1
         found["accuracy"].append(float(((h > 0) + (h == 0) / 2).mean()))
         found["h"].append(float(h.mean()))
     return found
