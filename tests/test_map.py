@@ -70,8 +70,8 @@ def test_the_page_has_every_prediction_in_its_words():
 def test_the_page_has_the_sizes():
     page = " ".join(PAGE.read_text(encoding="utf-8").split())
     for stage, said in (
-        ("noise", "2 epochs, 30 steps of 32; 5 seeds"),
-        ("labels", "1 epoch, 29 steps of 32, β0 = 0.1; 3 seeds"),
+        ("noise", "2 epochs, 28 steps of 32; 5 seeds"),
+        ("labels", "1 epoch, 28 steps of 32, β0 = 0.1; 3 seeds"),
         ("over", "64 epochs at a constant rate, 128 steps of 16"),
     ):
         flags = study.STAGES[stage][0]
