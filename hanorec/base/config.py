@@ -134,7 +134,12 @@ class TrainConfig:
     lora_rank: int = option(8, "document")
     lora_alpha: float = option(32.0, "authors' release")
     lora_dropout: float = option(0.05, "authors' release, in SFT; its DPO runs without")
-    learning_rate: float = option(1e-4, "document; cosine to 0: authors' release")
+    learning_rate: float = option(1e-4, "document")
+    schedule: Literal["cosine", "constant"] = option(
+        "cosine",
+        "authors' release: the rate falls to 0 by half a cosine; constant (ours): it stays, so "
+        "that the first epochs of a run are those of a shorter one",
+    )
     epochs: int = option(5, "authors' release")
     micro_batch: int = option(4, "authors' release, in DPO (2 in its SFT): rows in one forward")
     accumulation: int = option(
@@ -154,6 +159,10 @@ class TrainConfig:
         "ours: optimizer steps between checkpoints; a run that was killed goes on from the last "
         "one when started again",
     )
+    keep_epochs: list[int] = option(
+        [],
+        "ours: the adapter as it is after these epochs is kept, too, in OUT/epoch-E",
+    )
     checkpointing: bool = option(False, "ours: recompute activations in backward, to spare memory")
     shard: bool = option(
         False,
@@ -167,6 +176,11 @@ class TrainConfig:
         check(self, save_every=1)
         if self.lora_dropout >= 1:
             raise InputError(f"--lora-dropout {self.lora_dropout}: expected less than 1")
+        for epoch in self.keep_epochs:
+            if not 1 <= epoch <= self.epochs:
+                raise InputError(
+                    f"--keep-epochs {epoch}: expected epochs of 1 .. {self.epochs}, as --epochs has"
+                )
 
 
 # sigma_n; the document says 0.05 to 0.1

@@ -25,7 +25,8 @@ from hanorec.lora.stack import (
 )
 
 NO_PART_OF_A_POLICY = (
-    "log.jsonl", "run.json", "pairs.tsv", "reference.safetensors", "checkpoint-*", "*.png"
+    "log.jsonl", "run.json", "pairs.tsv", "reference.safetensors", "checkpoint-*", "epoch-*",
+    "*.png",
 )
 
 

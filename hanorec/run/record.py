@@ -28,6 +28,8 @@ from hanorec.run.inputs import comparable, turn_sha256
 BEFORE = {"max_title_tokens": None, "images": "own", "quotes": "none", "targets": 1}
 BEFORE_IN_RUNS = {
     **BEFORE,
+    "schedule": "cosine",
+    "keep_epochs": [],
     "drop_last": False,
     **{field.name: field.default for field in fields(StepConfig)},
 }

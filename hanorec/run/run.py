@@ -89,7 +89,8 @@ class Run:
 
         It is a fresh one, on top of that of --sft, or that of --sft itself.
         """
-        policy, train = backbone.model, self.train
+        self.policy = policy = backbone.model
+        train = self.train
         if train.shard:
             set_tower_aside(policy)
         if train.sft is not None:
@@ -170,7 +171,8 @@ class Run:
     ) -> Iterator[tuple[int, int, list[int]]]:
         """The steps still to be done, each as (step, epoch, rows of the global batch).
 
-        Goes on from the newest checkpoint and sets each step's learning rate.
+        Goes on from the newest checkpoint, sets each step's learning rate, and writes the adapters
+        of --keep-epochs.
 
         Args:
             state: what else the loop carries from step to step, as JSON; restored in place.
@@ -184,12 +186,18 @@ class Run:
         state.update(carried)
         bar = tqdm(plan[done:], self.out.name, initial=done, total=len(plan), disable=None)
         for self.step, (epoch, batch) in enumerate(bar, done):
-            self.rate = self.train.learning_rate * cosine(self.step, len(plan))
+            self.rate = self.train.learning_rate
+            if self.train.schedule == "cosine":
+                self.rate *= cosine(self.step, len(plan))
             for group in optimizer.param_groups:
                 group["lr"] = self.rate
             yield self.step, epoch, batch
             # Safe here: the loop asks for the next step once it has updated and logged this one. If
             # it failed on the way, it never comes back, and nothing of the step is kept.
+            last = self.step + 1 == len(plan) or plan[self.step + 1][0] > epoch
+            if last and epoch + 1 in self.train.keep_epochs:
+                folder = self.out / f"epoch-{epoch + 1}"
+                self._write_adapter(self.policy, folder, epochs=epoch + 1)
             if (self.step + 1) % self.train.save_every == 0:
                 done = self.step + 1
                 save_checkpoint(self.out, done, self.trained, optimizer, random, **state)
@@ -214,13 +222,16 @@ class Run:
 
     def finish(self, policy: nn.Module, stage: str, **facts: Any) -> None:
         """Write the adapter, then drop the checkpoints."""
-        base, below = self.model.model, self.train.sft
-        if not self.fresh:  # what that adapter stands on
-            below = Path(below) / "below" if (Path(below) / "below").exists() else None
-        save_policy(policy, self.out, base, below, stage=stage, prompt=self.prompt, **facts)
+        self._write_adapter(policy, self.out, stage=stage, **facts)
         drop_checkpoints(self.out)
         unlock_folder(self.out)
         print(f"wrote the adapter to {self.out}")
+
+    def _write_adapter(self, policy: nn.Module, folder: Path, **facts: Any) -> None:
+        base, below = self.model.model, self.train.sft
+        if not self.fresh:  # what that adapter stands on
+            below = Path(below) / "below" if (Path(below) / "below").exists() else None
+        save_policy(policy, folder, base, below, prompt=self.prompt, **facts)
 
 
 def cosine(step: int, steps: int) -> float:
