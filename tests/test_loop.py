@@ -29,9 +29,9 @@ def watched(launch, *flags):
         seen.h.append(h.tolist())
         return reward_gap(h, beta0)
 
-    def loss(h, beta, normalised_by):
+    def loss(h, beta):
         seen.beta += beta.tolist()
-        return dpo_loss(h, beta, normalised_by)
+        return dpo_loss(h, beta)
 
     def scored(backbone, micros):
         """Also a second time, and a third one with dropout on."""
