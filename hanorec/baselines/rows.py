@@ -88,9 +88,11 @@ CASER = Baseline(
 
 
 def short(row: Baseline) -> Baseline:
-    """The same row with as many items of history as the prompts show."""
+    """The same row with about as much as the language models see: 5 items of history each."""
     flags = (*row.flags, "--length", "5")
-    return replace(row, flags=flags, said="the row without L, from the last 5 items alone")
+    return replace(
+        row, flags=flags,
+        said="reads 5 items, as the prompts do, and in training the last 6 of each user alone")
 
 
 # ---- language models ----
