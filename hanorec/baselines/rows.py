@@ -140,7 +140,8 @@ ROWS = {
     "SPRec": Baseline(
         "LLM", "sprec", grid=ADAPTERS, below="SFT",
         said="starts from the row SFT, so it sees images; the rejected answer is the best wrong "
-        "candidate, not a free generation; the adapters of a round are joined, so the rank grows"),
+        "candidate, not a free generation; the adapters of a round are joined, so the rank grows; "
+        "a part of the users (--users-to) is drawn anew in each round, of all"),
     "MSRBench S1": Baseline(
         "MLLM", "base", test=("--history", "10"),
         said="nothing is trained; titles are scored instead of a list being written; an image an "
