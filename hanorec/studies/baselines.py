@@ -84,7 +84,7 @@ def chosen_rows(asked: str | None, model: str | None) -> dict[str, Baseline]:
         if model is None:
             print(f"note: no --model, so {len(ROWS) - len(names)} rows that need one are left out")
     else:
-        names = [name.strip() for name in asked.split(";")]
+        names = [name.strip() for name in asked.strip("; ").split(";")]
         names = [name for name in names if name != "chance"]  # which is no recommender
     for name in names:
         if name not in ROWS:
