@@ -3,15 +3,22 @@ on, its table, and what it refuses.
 """
 
 import json
+import math
 import shutil
+from itertools import chain
+from pathlib import Path
 
 import pytest
 import toy
+from toy_vectors import write_folder
 
 from hanorec.base.errors import InputError
+from hanorec.baselines import sprec
 from hanorec.baselines.rows import CONTROL, ROWS, TRIALS, Trial
 from hanorec.studies import baselines, baselines_runs, tables
+from hanorec.studies.baselines_language import train_sprec
 from hanorec.studies.baselines_makers import MAKERS
+from hanorec.studies.baselines_scoring import load_asked, rank_popular
 from hanorec.studies.runs import folder_name
 
 QUICK = "--epochs 2 --dim 8 --device cpu"
@@ -89,6 +96,7 @@ def test_the_table_has_every_row_and_what_it_took(small):
         best = row["trials"][values.index(max(values))]
         assert len(values) == 2 and row["chosen"] == best["setting"]
         assert len(row["full_ranking"]["Recall@10"]) == 2
+        assert row["history"] == (5 if "L = 5" in name else None)
         assert row["training_pairs"] > 0 and min(row["training_cpu_seconds"]) > 0
     assert found["rows"]["popularity"]["trials"] == []
     text = (out / "table-test.md").read_text()
@@ -96,16 +104,38 @@ def test_the_table_has_every_row_and_what_it_took(small):
     assert "- GRU4Rec, L = 5: " in text
 
 
+def splits(data):
+    """Split -> user -> item ids, from the files."""
+    found = {}
+    for split in ("train", "val", "test"):
+        lines = (data / f"{split}.tsv").read_text().splitlines()
+        found[split] = {user: ids.split() for user, ids in (line.split("\t") for line in lines)}
+    return found
+
+
 def test_the_share_of_targets_without_a_training_pair(small):
-    """Counted from the files."""
     out, argv = small
-    lines = {}
-    for split in ("train", "test"):
-        text = (out.parent / argv[1] / f"{split}.tsv").read_text()
-        lines[split] = [item for line in text.splitlines() for item in line.split("\t")[1].split()]
-    missing = [item not in lines["train"] for item in lines["test"]]
+    items = {}
+    for split, users in splits(Path(argv[1])).items():
+        items[split] = list(chain.from_iterable(users.values()))
+    missing = [item not in items["train"] for item in items["test"]]
     assert results(out)["untrained_targets"] == pytest.approx(sum(missing) / len(missing))
     assert 0 < sum(missing) < len(missing)
+
+
+def test_popularity_ranks_all_items_too(tmp_path):
+    """By hand. Counts of items 0 .. 4: 2 1 0 1 0. Of a, 3 and 4 are left and 3 is first; of b, 2
+    and 4, whose tie counts against 2.
+    """
+    users = {
+        "a": {"train": [0, 1], "val": [2], "test": [3]},
+        "b": {"train": [3, 0], "val": [1], "test": [2]},
+    }
+    data = write_folder(tmp_path / "data", users, items=5)
+    flags = ["--data", str(data), "--model", "", "--sets", "random", "--candidates", "2"]
+    found = rank_popular(load_asked(flags))
+    assert found["Recall@10"] == 1
+    assert found["NDCG@10"] == pytest.approx((1 + 1 / math.log2(3)) / 2)
 
 
 def test_the_chosen_setting_is_trained_with_every_seed(small):
@@ -220,10 +250,22 @@ def test_all_rows(world, checkpoints, tmp_path):
             assert ("against_control" in row) == (name not in ("chance", CONTROL))
     for name, row in found["rows"].items():
         assert (row["training_pairs"] is None) == (not ROWS[name].grid), name
-        assert bool(row["full_ranking"]) == MAKERS[ROWS[name].maker].ranks_all, name
+        ranks_all = MAKERS[ROWS[name].maker].ranks_all or name == NAMES[0]
+        assert bool(row["full_ranking"]) == ranks_all, name
+        if MAKERS[ROWS[name].maker].model:
+            assert row["history"] == (10 if "MSRBench" in name else 2)
     before = (out / "table-test.md").read_text()
     baselines.main(with_model(argv, checkpoints))
     assert (out / "table-test.md").read_text() == before
+
+
+def test_sprec_follows_its_flags(data, tmp_path, monkeypatch):
+    plans = []
+    monkeypatch.setattr(sprec, "plan", lambda *how: plans.append(how[2:]) or ([], "S"))
+    flags = ["--data", str(data), "--users-seed", "7"]
+    own = ["--model", "M", "--sft", "S", "--rounds", "2", "--pick", "random"]
+    train_sprec([*flags, *own], tmp_path / "out", tmp_path / "cpu")
+    assert plans == [("M", flags, 2, "random", 7)]
 
 
 # ---- bad input ----
@@ -233,6 +275,7 @@ def test_all_rows(world, checkpoints, tmp_path):
     "flags, message",
     [
         (["--rows", "SASRek (CE)"], r"no row 'SASRek \(CE\)', is 'SASRec \(CE\)' meant\?"),
+        (["--rows", "sasrec"], r"no row 'sasrec', is 'SASRec \(BCE\)' or 'SASRec \(CE\)' meant"),
         (["--rows", "popularity; HaNoRec"], "the row 'HaNoRec' needs a checkpoint and there is"),
         (["--seeds", "0"], "--seeds 0: expected at least 1"),
         (["--trials", "0"], "--trials 0: expected 1 .. 6"),

@@ -103,7 +103,7 @@ def caser(w):
 
 
 def bert4rec(w):
-    model = BERT4Rec(N, L, D, 2, 2, 0.0, 0.2)
+    model = BERT4Rec(N, L - 1, D, 2, 2, 0.0, 0.2)  # its L counts the mask token, too
     found = encoder_weights(w) | {"bias": w["output_bias"][1:]}
     for name in ("weight", "bias"):
         found[f"map.{name}"] = w[f"output_ffn.{name}"]

@@ -123,7 +123,7 @@ def test_a_state_after_each_step_is_that_of_the_prefix(kind):
 def test_the_newest_items_are_kept(kind):
     """All but GRU4Rec, which has no length of its own, see so many items alone."""
     model, users = make(kind), torch.zeros(1, dtype=torch.int64)
-    seen = {"BERT4Rec": L - 1, "Caser": 4, "GRU4Rec": 10}.get(kind, L)
+    seen = {"Caser": 4, "GRU4Rec": 10}.get(kind, L)
     items = torch.arange(10)[None] % N
     state = model.state(users, items)
     changes = []
@@ -382,7 +382,7 @@ def test_bert4recs_state_is_that_of_the_mask_behind_the_items():
     model, users = make("BERT4Rec"), torch.zeros(3)
     states, w = model.state(users, SEQUENCES), numpy(model)
     for b, row in enumerate(ROWS):
-        asked = [*row[-(L - 1) :], MASK]
+        asked = [*row[-L:], MASK]
         close(states[b, :-1], oracle.bert4rec(w, asked, 2, 2)[-1])
     nothing = model.state(users[:1], padded([], width=2))
     close(nothing[0, :-1], oracle.bert4rec(w, [MASK], 2, 2)[0])

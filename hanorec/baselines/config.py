@@ -58,7 +58,8 @@ class SequenceConfig:
     )
     length: int = option(
         50,
-        "SASRec's authors: L, the last items that count; on MovieLens-1M 200; Caser's authors 5",
+        "SASRec's authors: L, the last items that count; on MovieLens-1M 200; Caser's authors 5; "
+        "BERT4Rec's authors count its mask token, too",
     )
     history: int | None = option(
         None, "ours: from how many last items a state is made; none = as many as are trained on"

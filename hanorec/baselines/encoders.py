@@ -134,6 +134,7 @@ class BERT4Rec(nn.Module):
     """Attention in both directions: what is hidden is told from all the other items.
 
     Args:
+        length: L, the items that it reads beside the mask token of the one asked for.
         mask: the share of a training sequence that is hidden, at least one item.
     """
 
@@ -143,7 +144,9 @@ class BERT4Rec(nn.Module):
     ) -> None:
         super().__init__()
         self.n_items, self.length, self.share = n_items, length, mask
-        self.encoder = Encoder(n_items, length, d, blocks, heads, dropout, "post", causal=False)
+        self.encoder = Encoder(
+            n_items, length + 1, d, blocks, heads, dropout, "post", causal=False
+        )
         self.map = nn.Linear(d, d)  # W, b
         nn.init.normal_(self.map.weight, std=INITIAL_STD)
         nn.init.zeros_(self.map.bias)
@@ -151,15 +154,15 @@ class BERT4Rec(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_items))  # beta
 
     def encode(self, sequences: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """F: (B, T <= L) -> (B, T, d + 1), at each position; the last coordinate is 1."""
+        """F: (B, T <= L + 1) -> (B, T, d + 1), at each position; the last coordinate is 1."""
         x = self.encoder(sequences, generator)  # (B, T, d)
         # BE-1: F_t = \operatorname{LN}(\operatorname{gelu}(W x_t + b)), \quad
         #       r_{ti} = F_t \cdot M_i + \beta_i
         return F.pad(self.norm(F.gelu(self.map(x))), (0, 1), value=1.0)
 
     def state(self, users: Tensor, sequences: Tensor) -> Tensor:
-        """(B,), (B, T) -> (B, d + 1), at a mask token behind the last L - 1 items."""
-        items = newest(sequences, self.length - 1, self.n_items)
+        """(B,), (B, T) -> (B, d + 1), at a mask token behind the last L items."""
+        items = newest(sequences, self.length, self.n_items)
         end = lengths(items, self.n_items)[:, None]  # (B, 1)
         asked = F.pad(items, (0, 1), value=self.n_items).scatter(1, end, self.n_items + 1)
         return last(self.encode(asked), asked, self.n_items)
@@ -173,8 +176,8 @@ class BERT4Rec(nn.Module):
         self, users: Tensor, sequences: Tensor, sampler: NegativeSampler,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """The hidden ones of the last L training items of each user: (B,), (B, T) -> ()."""
-        sequences = newest(sequences, self.length, self.n_items)
+        """The hidden ones of the last L + 1 training items of each user: (B,), (B, T) -> ()."""
+        sequences = newest(sequences, self.length + 1, self.n_items)
         n = lengths(sequences, self.n_items, least=2)  # (B,)
         counts = (self.share * n.double()).round().clamp_min(1)
         hidden = scattered(sequences, counts, self.n_items, generator)  # (B, T)

@@ -38,7 +38,7 @@ def train(files: VectorFiles, config: MatrixConfig) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     sampler = NegativeSampler(users, items, *sizes)
 
-    for _ in run.epochs(model, optimizer, partial(matrix_vectors, model)):
+    for _ in run.epochs(model, optimizer, partial(matrix_vectors, model), len(users)):
         for batch in run.batches(len(users)):
             u, i = users[batch], items[batch]  # (B,) each
             j = sampler.draw(u, 1, run.generator)[:, 0]  # (B,), by BR-1

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rank() == 0:
         save_picks(out / "picks.json", examples, scores, picks, builder.catalog)
         unlock_folder(out)
-    print(f"wrote {out / 'picks.json'}: {facts}")
+    print(f"wrote {out / 'picks.json'}")
 
 
 if __name__ == "__main__":

@@ -88,9 +88,11 @@ CASER = Baseline(
 
 
 def short(row: Baseline) -> Baseline:
-    """The same row with as many items of history as the prompts show."""
+    """The same row with about as much as the language models see: 5 items of history each."""
     flags = (*row.flags, "--length", "5")
-    return replace(row, flags=flags, said="the row without L, from the last 5 items alone")
+    return replace(
+        row, flags=flags,
+        said="reads 5 items, as the prompts do, and in training the last 6 of each user alone")
 
 
 # ---- language models ----
@@ -138,7 +140,8 @@ ROWS = {
     "SPRec": Baseline(
         "LLM", "sprec", grid=ADAPTERS, below="SFT",
         said="starts from the row SFT, so it sees images; the rejected answer is the best wrong "
-        "candidate, not a free generation; the adapters of a round are joined, so the rank grows"),
+        "candidate, not a free generation; the adapters of a round are joined, so the rank grows; "
+        "a part of the users (--users-to) is drawn anew in each round, of all"),
     "MSRBench S1": Baseline(
         "MLLM", "base", test=("--history", "10"),
         said="nothing is trained; titles are scored instead of a list being written; an image an "

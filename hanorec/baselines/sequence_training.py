@@ -41,7 +41,9 @@ def train(files: VectorFiles, config: SequenceConfig) -> None:
     )
     sampler = NegativeSampler(run.users, run.items, run.n_users, run.n_items)
 
-    for _ in run.epochs(model, optimizer, partial(sequence_vectors, model, config.batch)):
+    vectors = partial(sequence_vectors, model, config.batch)
+    pairs = sum(len(items) - 1 for items in sequences)  # the first item is no target
+    for _ in run.epochs(model, optimizer, vectors, pairs):
         for batch in run.batches(len(users)):
             items = padded([sequences[n] for n in batch.tolist()], run.n_items)  # (B, <= L + 1)
             loss = model.loss(users[batch], items.to(run.device), sampler, run.generator)  # ()

@@ -70,13 +70,17 @@ class VectorRun:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         vectors: Callable[[Targets], Vectors],
+        pairs: int,
     ) -> Iterator[int]:
-        """The epochs still to be done, see `Epochs.still_to_do`. vectors: of the model as it is."""
+        """The epochs still to be done, see `Epochs.still_to_do`.
+
+        vectors: of the model as it is. pairs: user and item, that an epoch has as targets.
+        """
         self.vectors = vectors
         facts = {
             "users": self.n_users,
             "items": self.n_items,
-            "pairs": len(self.users),
+            "pairs": pairs,
             "weights": sum(weight.numel() for weight in model.parameters()),
             "untrained_targets": {split: self._untrained(split) for split in self.targets},
         }

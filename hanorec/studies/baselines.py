@@ -1,7 +1,7 @@
 """Every baseline of document 000 beside HaNoRec: one table, on the same frozen candidates.
 
-    python -m hanorec.baselines --data DATA --out OUT
-        the rows that need no checkpoint
+    python -m hanorec.baselines --data DATA --out OUT --test "--sets random"
+        the rows that need no checkpoint; hard candidates are drawn by one
     python -m hanorec.baselines --data DATA --model MODEL --out OUT [--rows "SASRec (CE);SPRec"]
             [--seeds 3] [--trials 6] [--split val] [--sft FLAGS] [--dpo FLAGS] [--sprec FLAGS]
             [--matrix FLAGS] [--sequence FLAGS] [--test FLAGS]
@@ -11,7 +11,8 @@ The same command again goes on where it stopped; what is finished is not done ag
 Every trained row of `hanorec.baselines.rows` gets equally many trials: with the first seed it is
 trained once a setting, and the setting with the highest NDCG@3 on validation, random candidates, is
 kept for all seeds. FLAGS, one string each, are defaults for all rows that are made in that way;
-those of --test are evaluate.py's. OUT/seed-S/ROW/trial-K is a training run, OUT/seed-S/trials its
+those of --test are evaluate.py's. What shapes a prompt (--history, --max-pixels) is to be given to
+the stages and to --test alike. OUT/seed-S/ROW/trial-K is a training run, OUT/seed-S/trials its
 evaluations on validation, OUT/seed-S/SPLIT those in the table. OUT/results-SPLIT.json and
 OUT/table-SPLIT.md hold what is read from them.
 """
@@ -28,7 +29,7 @@ from hanorec.base.lock import lock_folder
 from hanorec.baselines.rows import ALWAYS, CONTROL, ROWS, TRIALS, Baseline
 from hanorec.studies.baselines_makers import MAKERS, STAGES
 from hanorec.studies.baselines_runs import Comparison
-from hanorec.studies.baselines_scoring import load_asked, untrained_share
+from hanorec.studies.baselines_scoring import load_asked, rank_popular, untrained_share
 from hanorec.studies.baselines_table import summarise, table
 
 OWN = ["--split", "--adapter", "--out", "--retriever", "--user"]  # not to be given by --test
@@ -83,13 +84,15 @@ def chosen_rows(asked: str | None, model: str | None) -> dict[str, Baseline]:
         if model is None:
             print(f"note: no --model, so {len(ROWS) - len(names)} rows that need one are left out")
     else:
-        names = [name.strip() for name in asked.split(";")]
+        names = [name.strip() for name in asked.strip("; ").split(";")]
         names = [name for name in names if name != "chance"]  # which is no recommender
     for name in names:
         if name not in ROWS:
-            near = difflib.get_close_matches(name, ROWS, n=1, cutoff=0)[0]
+            near = [row for row in ROWS if name.casefold() in row.casefold()][:2]
+            near = near or difflib.get_close_matches(name, ROWS, n=1, cutoff=0)
             raise InputError(
-                f"--rows: no row {name!r}, is {near!r} meant? Expected some of {'; '.join(ROWS)}")
+                f"--rows: no row {name!r}, is {' or '.join(map(repr, near))} meant? Expected some "
+                f"of {'; '.join(ROWS)}")
         if model is None and MAKERS[ROWS[name].maker].model:
             raise InputError(
                 f"--rows: the row {name!r} needs a checkpoint and there is none, expected --model; "
@@ -112,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in range(args.seed, args.seed + args.seeds):
         seeds[seed] = study.run_seed(seed)
 
-    results = summarise(study, seeds, untrained_share(asked))
+    results = summarise(study, seeds, untrained_share(asked), rank_popular(asked))
     report, text = args.out / f"results-{args.split}.json", table(results)
     write_json(report, results)
     write_text(args.out / f"table-{args.split}.md", text)

@@ -41,6 +41,8 @@ class SprecConfig:
     """What SPRec has beside the settings of its stages."""
 
     rounds: int = option(5, "SPRec: T")
+    pick: Literal["best", "sample", "random"] = option(
+        "best", "SPRec; sample (ours): drawn by the scores; random: the control, not self-play")
 
     def __post_init__(self) -> None:
         check(self, rounds=0)
@@ -56,10 +58,11 @@ def train_sprec(flags: list[str], out: Path, spent: Path) -> None:
     if not (out / "run.json").exists():
         configs = model, data, train, config = parse(SPREC, [*flags, "--out", str(out)])
         own = argparse.ArgumentParser(allow_abbrev=False)
-        for flag in ("--model", "--sft", "--rounds"):
+        for flag in ("--model", "--sft", "--rounds", "--pick"):
             own.add_argument(flag)
         _, training = own.parse_known_args(flags)
-        stages, policy = sprec.plan(out, train.sft, model.model, training, config.rounds)
+        how = config.rounds, config.pick, data.users_seed
+        stages, policy = sprec.plan(out, train.sft, model.model, training, *how)
         pairs = 0
         for stage in stages:
             train_stage(stage, spent / f"{stage.out.name}.json")

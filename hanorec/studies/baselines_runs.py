@@ -75,6 +75,16 @@ class Comparison:
         common = ["--data", self.data, "--model", self.model or "", "--sets", "all"]
         return [*common, *self.flags["test"], *own, "--split", split]
 
+    def history(self, name: str, seed: int) -> int | None:
+        """How many of a user's last items a row reads; None where there is no last one."""
+        maker = MAKERS[self.rows[name].maker]
+        if maker.model:
+            return settings(EVALUATION, self.test(self.split, name))["history"]
+        if maker.stage == "sequence":
+            own = settings(maker.kinds, self.training(name, self.number(name), seed))
+            return own["history"] or own["length"]
+        return None
+
     def check_flags(self, seed: int) -> None:
         """InputError where the flags of any row are wrong, before the first one is trained."""
         for name, row in self.rows.items():

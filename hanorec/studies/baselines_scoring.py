@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hanorec.base.config import DataConfig, EvalConfig, ModelConfig
 from hanorec.base.errors import InputError
 from hanorec.base.settings import parse
-from hanorec.baselines.vectors import candidate_scores
-from hanorec.datasets.interactions import Example
+from hanorec.baselines.vectors import Vectors, candidate_scores, evaluate, load_targets
+from hanorec.datasets.interactions import Example, item_counts
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.load import load_backbone
 from hanorec.mllm.tasks import load_pictures, near_items
@@ -66,12 +67,12 @@ def load_asked(test: Sequence[str]) -> Asked:
         if not model.model:
             raise InputError(
                 f"{data.data}: no frozen hard candidates of {config.split}, which are drawn by a "
-                "checkpoint's embeddings, expected --model; give it once, or leave them out with "
-                "--test '--sets random', or matched"
+                "checkpoint's embeddings, expected --model; give it, or leave them out: --test "
+                "'--sets random', or '--sets matched'"
             )
         return near_items(load_builder(asked))
 
-    about = f"input embeddings of {model.model}"
+    about = f"input embeddings of {'titles, ' * (data.images == 'none')}{model.model}"
     asked.sets.update(frozen_sets(asked.held, data, config, near, about))
     return asked
 
@@ -105,6 +106,17 @@ def score_popularity(job: Job) -> None:
     for kind, examples in asked.sets.items():
         scores[kind] = popularity(asked.held.interactions.train, examples)
     write_report(job, asked, scores)
+
+
+def rank_popular(asked: Asked) -> dict[str, float]:
+    """Recall and NDCG of popularity among all items, as the rows by inner product have them."""
+    held, device = asked.held, torch.device("cpu")
+    targets = load_targets(
+        held.interactions, len(held.catalog.ids), asked.config.split, 1, device
+    )
+    count = item_counts(held.interactions.train)
+    item = torch.tensor([[float(count[row])] for row in range(len(held.catalog.ids))])  # (N, 1)
+    return evaluate(Vectors(torch.ones(len(targets.examples), 1), item), targets)[0]
 
 
 def score_vectors(job: Job) -> None:

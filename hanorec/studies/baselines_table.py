@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hanorec.baselines.rows import CONTROL, ROWS
+from hanorec.baselines.rows import ALWAYS, CONTROL, ROWS
 from hanorec.metrics import bootstrap_interval
 from hanorec.ranking.report import METRICS
 from hanorec.studies.baselines_runs import METRIC, Comparison
@@ -29,7 +29,8 @@ COLUMNS = [
     "over seeds", "above", "p", "published: MicroLens, Netflix, MovieLens-1M",
 ]
 COSTS = [
-    "row", *FULL, "trials", "chosen", "training pairs", "training CPU s", "scoring CPU s",
+    "row", *FULL, "history", "trials", "chosen", "training pairs", "training CPU s",
+    "scoring CPU s",
 ]
 
 LEGEND = """
@@ -44,11 +45,15 @@ Mean ± deviation over {seeds} seed(s) of training, percent.
 - Published: NDCG@3 of document 000, on candidates that it does not state; MLLM-MSR's is inferred
   from HaNoRec's gain over it. Nothing here reproduces them.
 - Chosen: by {metric} on validation, random candidates, seed {first}, of {trials} trial(s) of each
-  trained row; a variant (L = 5) is a row of its own.{val}
+  trained row, on top of those of the row that it stands on; a variant (L = 5) is a row of its
+  own. Rows by inner product also keep the epoch with the highest NDCG@10 on validation, in the
+  ranking of all items; the others train a fixed number of epochs.{val}
 - Recall and NDCG: full ranking of all items that the user did not have before, all users of
   {split}.tsv; targets that the user had are left out.
+- History: how many of a user's last items a row reads before it answers; rows without a number
+  know no order.
 - Training pairs: (user, item) pairs, prompts or preference pairs that the row's own training sees
-  in an epoch, beside those of the row that it stands on.
+  in an epoch (SPRec: in all its rounds), beside those of the row that it stands on.
 - CPU seconds: mean over seeds, of the processes that finished it, the chosen trial alone.
 - {untrained:.1%} of the targets are items without a training pair; rows by inner product know
   nothing of them.
@@ -61,12 +66,15 @@ Adaptations, and what rows are:
 
 
 def summarise(
-    study: Comparison, seeds: Mapping[int, Mapping[str, dict[str, Any]]], untrained: float
+    study: Comparison,
+    seeds: Mapping[int, Mapping[str, dict[str, Any]]],
+    untrained: float,
+    popular: Mapping[str, float],
 ) -> dict[str, Any]:
     """Over the seeds, each {row: what `Comparison.run_row` returns}.
 
     Args:
-        untrained: share of the targets without a training pair.
+        untrained: share of the targets without a training pair. popular: popularity's full ranking.
     """
     of_seeds = list(seeds.values())
     sets = {}
@@ -75,6 +83,8 @@ def summarise(
     rows = {}
     for name in study.rows:
         rows[name] = _row_facts(study, name, [one[name] for one in of_seeds])
+        rows[name]["history"] = study.history(name, min(seeds))
+    rows[ALWAYS]["full_ranking"] = {metric: [popular[metric]] for metric in FULL}
     return {
         "data": study.data,
         "split": study.split,
@@ -121,6 +131,7 @@ def _row_facts(
     return {
         "class": row.kind,
         "named": row.named,
+        "seeded": bool(row.grid or row.below),  # by its training, or that of what it stands on
         "trials": trials,
         "chosen": str(settings[study.number(name)]) if row.grid else None,
         "full_ranking": full,
@@ -153,7 +164,7 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-CHANCE = {"class": "none", "named": True, "published": []}
+CHANCE = {"class": "none", "named": True, "seeded": False, "published": []}
 
 
 def _cells(row: Mapping[str, Any], entry: Mapping[str, Any], seeds: int) -> list[str]:
@@ -163,7 +174,7 @@ def _cells(row: Mapping[str, Any], entry: Mapping[str, Any], seeds: int) -> list
     test = entry.get("against_control")
     return [
         kind,
-        *(percent(entry["values"][metric], ends is not None) for metric in [*METRICS, POOLED]),
+        *(percent(entry["values"][metric], row["seeded"]) for metric in [*METRICS, POOLED]),
         f"[{100 * ends[0]:.2f}, {100 * ends[1]:.2f}]" if ends else "",
         *against_cells(entry, seeds),
         f"{test['p']:.4f}" if test else "",
@@ -175,6 +186,7 @@ def _cost_cells(row: Mapping[str, Any]) -> list[str]:
     full = row["full_ranking"]
     return [
         *(percent(full[name]) if full else "" for name in FULL),
+        str(row["history"] or ""),
         str(len(row["trials"]) or ""),
         row["chosen"] or "",
         "" if row["training_pairs"] is None else f"{row['training_pairs']:,}",
