@@ -52,15 +52,16 @@ def outline_builder(
     config: DataConfig,
 ) -> PromptBuilder:
     """A builder of prompts whose images have as many features as they would have, each without a
-    number in it.
+    number in it, and Qwen's a grid that says no more than that there is one.
 
     sizes: catalogue row -> width and height of its image. An item that is not in it is shown
     without one.
     """
+    grid = None if backbone.family == "llava_next" else torch.ones(3, dtype=torch.int64)
 
     @cache
     def of_size(size: tuple[int, int]) -> ImageFeatures:
-        return ImageFeatures(torch.empty(image_tokens(backbone, *size), 0), None)
+        return ImageFeatures(torch.empty(image_tokens(backbone, *size), 0), grid)
 
     pictures = {row: of_size(size) for row, size in sizes.items()}
     images = tuple(path if row in sizes else None for row, path in enumerate(catalog.images))
