@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     builder, examples = load_examples(backbone, data, train)
     prompts = preferences(builder, examples, train.seed, dpo.rejected, dpo.negatives)
     rows = [prompt.row for prompt in prompts]  # P prompts, each with y_w and n times y_l
-    plan = run.plan(rows, backbone, least=-(-3 // dpo.rejected))  # HN-7: 3 pairs a step
+    plan = run.plan(rows, backbone, least=dpo.least_prompts)  # HN-7: 3 pairs a step
     take_step = step_for(readings, backbone, plan, train, dpo, document_step)
 
     # HaRS before training: lambda of every pair, from the base model's view of the items.
@@ -99,7 +99,7 @@ def document_step(stage: Stage, batch: Sequence[int], step: int) -> Taken:
             logits = forward(builder.backbone, micro)  # HN-10: (b, L, V)
             log_probs = answer_log_probs(logits, micro)  # (b, 1 + n)
             h = prompt_logits(log_probs, ref)  # DPO-1: (b, n)
-            loss = dpo_loss(h, beta[part]).sum() * weight / lam[batch].numel()  # HN-11, HN-12
+            loss = dpo_loss(h, beta[part]).sum() * weight / lam[batch].numel()  # HN-11
             loss.backward()
             noisy.append(log_probs.detach())
             loss_sum += loss.item()

@@ -187,9 +187,13 @@ def test_killed_between_rows_it_ends_as_if_it_had_not_been(small, world, tmp_pat
             assert values == whole["full_ranking"][metric][:1]
 
 
-def test_one_trial_is_the_default_and_nothing_is_chosen(world, tmp_path):
+def test_one_trial_is_the_default_and_nothing_is_chosen(world, tmp_path, capsys):
+    """Flags that no chosen row takes are told; those that one takes are not."""
     out = tmp_path / "out"
     baselines.main(command(world, out, "--seeds", "1", "--trials", "1", rows=["chance", "BPR-MF"]))
+    printed = capsys.readouterr().out
+    assert "note: --sequence: no chosen row takes flags of" in printed
+    assert "note: --matrix" not in printed
     assert list(results(out)["rows"]) == NAMES[:2]  # popularity is always there
     row = results(out)["rows"]["BPR-MF"]
     assert row["trials"] == [] and row["chosen"] == "default"

@@ -122,6 +122,13 @@ def test_the_entries_are_the_equations():
     assert list(entries()) == IDS
 
 
+@pytest.mark.parametrize("name", IDS)
+def test_an_entry_says_each_thing_once(name):
+    """Two defaults or two notes would be free to contradict each other."""
+    kinds = re.findall(r"^- ([A-Z][a-z]+)\b", entries()[name], re.MULTILINE)
+    assert len(kinds) == len(set(kinds)) > 2
+
+
 @pytest.mark.parametrize("equation", IDS)
 def test_each_entry_names_a_function_that_carries_its_tag_once(equation):
     source = inspect.getsource(inspect.unwrap(symbol_of(entries()[equation])))

@@ -3,6 +3,7 @@
 That is the document, the authors' release, or ours. The settings of BR-MRS: config_brmrs.py.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -279,6 +280,11 @@ class DpoConfig:
                 f"--rejected {self.rejected} with --negatives {shown(self.negatives)}: expected 1, "
                 "since a file of picks has one for each prompt"
             )
+
+    @property
+    def least_prompts(self) -> int:
+        """How many prompts a step needs for the 3 pairs of HN-7."""
+        return math.ceil(3 / self.rejected)
 
     @property
     def hars(self) -> bool:

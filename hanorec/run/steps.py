@@ -172,7 +172,7 @@ def other_step(readings: StepConfig, stage: Stage, batch: Sequence[int], step: i
                     log_probs.append(answer_log_probs(logits, pack))
                     if dpo.with_kl:
                         share = counts * len(pack.token) / tokens
-                        kls.append((reference_kl(backbone, pack, logits), share))
+                        kls.append((reference_kl(backbone, pack, logits), share))  # HN-12
                 h = prompt_logits(torch.cat(log_probs, 1), stage.reference[part])  # (b, n)
                 found.append(torch.cat(log_probs, 1).detach())
                 if weights.wanted and readings.rewards == "noisy":

@@ -68,6 +68,10 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--trials {args.trials}: expected 1 .. {TRIALS}, since each row has so many settings")
     args.rows = chosen_rows(args.rows, args.model)
     args.flags = {stage: shlex.split(getattr(args, stage)) for stage in STAGES}
+    used = {"test", *(MAKERS[row.maker].stage for row in args.rows.values())}
+    for stage in STAGES:
+        if args.flags[stage] and stage not in used:
+            print(f"note: --{stage}: no chosen row takes flags of {STAGES[stage]}")
     for flag in args.flags["test"]:
         if flag.partition("=")[0] in OWN:
             raise InputError(
