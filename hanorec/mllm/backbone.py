@@ -68,7 +68,7 @@ class Backbone:
         """Whether fewer --max-pixels would change nothing: LLaVA-NeXT has one tiling left."""
         return self.family == "llava_next" and len(self.config.image_grid_pinpoints) == 1
 
-    @property
+    @cached_property  # asked for at every token
     def image_token(self) -> int:
         return self.config.image_token_id
 
