@@ -7,19 +7,26 @@
 Half the products of a full matrix, and a few blocks of memory instead of one.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from hanorec.base.errors import InputError
+from hanorec.topk_groups import keep_best_by_groups
 
 # Rows of a block. 992 is a multiple of 32, as the matrix product likes it, and no power of two:
 # with a stride of 1024 numbers the entries of a column share a few cache lines, and reading the
-# block by columns takes five times as long. A GPU needs more work a launch.
-BLOCK_CPU, BLOCK_GPU = 992, 2976
+# block by columns takes five times as long. A GPU needs more work a launch: there a block is four
+# times as wide as high, 1.1 GB in float32.
+BLOCK_CPU, BLOCK_GPU = 992, 8192
+Keep = Callable[[Tensor, Tensor, Tensor, int], None]
 
 
 @torch.no_grad()
-def topk_neighbors(e: Tensor, k: int, block: int | None = None) -> tuple[Tensor, Tensor]:
+def topk_neighbors(
+    e: Tensor, k: int, block: int | None = None, by_groups: bool | None = None
+) -> tuple[Tensor, Tensor]:
     r"""N_K(i): the K items most similar to item i, itself excluded.
 
     Args:
@@ -27,7 +34,10 @@ def topk_neighbors(e: Tensor, k: int, block: int | None = None) -> tuple[Tensor,
         k: K, 1 <= K <= N - 1.
         block: rows of a block, 1 or more; default BLOCK_CPU or BLOCK_GPU. Tensors beside e and the
             results hold 3 block (block + K) numbers at once, about 8 where most rows tie at their
-            K-th place; a CPU widens half-precision rows, two blocks at a time.
+            K-th place; a CPU widens half-precision rows, two blocks at a time. By groups: below
+            2 GB at the default, for K up to 100.
+        by_groups: how a block enters the lists: topk_groups.py, the default on a GPU, or
+            `keep_best` here, on a CPU. What is promised is the same.
     Returns:
         scores (N, K) descending, in float32 or wider (products of half-precision rows are summed in
         float32); index (N, K) int64. Equal scores: the smaller index first.
@@ -40,30 +50,37 @@ def topk_neighbors(e: Tensor, k: int, block: int | None = None) -> tuple[Tensor,
     Source: document 000, section 2.1, HaRS; paper eq. (4).
     """
     n, wide = len(e), torch.promote_types(e.dtype, torch.float32)
-    block = block_rows(e, block)
+    rows, columns, keep = way(e, block, by_groups)
     check(n, k, first_not_finite(e))
     best = e.new_full((n, k), -torch.inf, dtype=wide)  # (N, K)
     index = torch.zeros(n, k, dtype=torch.int64, device=e.device)  # (N, K)
-    for i in range(0, n, block):
-        for j in range(i, n, block):
-            I, J = slice(i, i + block), slice(j, j + block)
+    for i in range(0, n, rows):
+        for j in range(i, n, columns):
+            I, J = slice(i, i + rows), slice(j, j + columns)
             # HN-3: N_K(i) = \operatorname{top-}K_{j \ne i} s_{ij},
             #       s_{ij} = \langle e_i, e_j \rangle
             s = products(e[I], e[J], wide)  # (b_I, b_J)
             if i == j:  # a pair once, an item with itself never
-                s.masked_fill_(torch.ones_like(s, dtype=torch.bool).tril(), -torch.inf)
+                met = torch.ones_like(s[:, :rows], dtype=torch.bool).tril_()  # (b_I, b_I)
+                s[:, :rows].masked_fill_(met, -torch.inf)
             # In this order each row meets the others by rising index: first those above it, as
             # columns, then those below.
-            keep_best(best[J], index[J], s.T, i)
-            keep_best(best[I], index[I], s, j)
+            keep(best[J], index[J], s.T, i)
+            keep(best[I], index[I], s, j)
+            del s  # before the next one is made
     return best, index
 
 
-def block_rows(e: Tensor, block: int | None) -> int:
-    """The rows of a block, by default those that suit the device."""
+def way(e: Tensor, block: int | None, by_groups: bool | None) -> tuple[int, int, Keep]:
+    """Rows and columns of a block and how it enters the lists; by default as suits the device."""
     if block is not None and block < 1:
         raise InputError(f"block = {block} rows: expected 1 or more; leave it out for the default")
-    return (BLOCK_CPU if e.device.type == "cpu" else BLOCK_GPU) if block is None else block
+    if by_groups is None:
+        by_groups = e.device.type != "cpu"
+    if by_groups:
+        rows = block or (BLOCK_GPU // 2 if e.dtype == torch.float64 else BLOCK_GPU)
+        return rows, 4 * rows, keep_best_by_groups
+    return block or BLOCK_CPU, block or BLOCK_CPU, keep_best
 
 
 def first_not_finite(e: Tensor) -> int:

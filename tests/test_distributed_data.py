@@ -62,10 +62,10 @@ def test_shares_and_errors():
 # ---- Top-K ----
 
 
-def ring(e, k, block=None):
+def ring(e, k, block=None, by_groups=None):
     """The whole result of the ring, from a process that holds its slice of e."""
     own = e[share(len(e))].clone()
-    return [all_gather(x, len(e)) for x in topk_neighbors_ring(own, len(e), k, block)]
+    return [all_gather(x, len(e)) for x in topk_neighbors_ring(own, len(e), k, block, by_groups)]
 
 
 # rows, width, K, rows of a block
@@ -74,28 +74,31 @@ RINGS = [
 ]
 
 
-def rings():
+def rings(by_groups):
     generator = torch.Generator().manual_seed(0)
     for rows, width, k, block in RINGS:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             e = torch.randint(-2, 3, (rows, width), generator=generator).to(dtype)
-            for found, expected in zip(ring(e, k, block), topk_neighbors(e, k), strict=True):
+            for found, expected in zip(
+                ring(e, k, block, by_groups), topk_neighbors(e, k), strict=True
+            ):
                 assert found.dtype == expected.dtype and torch.equal(found, expected)
     e = torch.randn(203, 33, generator=generator, dtype=torch.float64)
     e = torch.nn.functional.normalize(e, dim=1)
-    scores, index = ring(e, 10)
+    scores, index = ring(e, 10, by_groups=by_groups)
     expected, place = topk_neighbors(e, 10)
     assert (scores - expected).abs().max() < 1e-14 and torch.equal(index, place)
 
 
 @pytest.mark.equation("HN-3")
-@pytest.mark.parametrize("n", [2, 3, 4])
-def test_the_ring_finds_the_same_neighbours(n):
+@pytest.mark.parametrize(("n", "by_groups"), [(2, False), (3, False), (4, False), (3, True)])
+def test_the_ring_finds_the_same_neighbours(n, by_groups):
     """Small whole numbers: products are exact in every type, ties everywhere, so scores and indices
     are equal to the bit. Uneven slices, fewer rows than ranks, K from 1 to N - 1, blocks smaller
-    than a slice. Random rows, in float64: equal but for the rounding of the product.
+    than a slice. Random rows, in float64: equal but for the rounding of the product. By groups, as
+    on GPUs, too.
     """
-    assert together(n, rings) == [0] * n
+    assert together(n, rings, by_groups) == [0] * n
 
 
 def bad_rings():

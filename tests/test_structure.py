@@ -25,7 +25,8 @@ SCRIPTS = ["train_sft.py", "train_dpo.py", "train_brmrs.py", "evaluate.py"]
 ERRORS = "hanorec/base/errors.py"
 EQUATIONS = {
     "hanorec/losses.py": {"torch"},
-    "hanorec/topk.py": {"torch", ERRORS},
+    "hanorec/topk.py": {"torch", ERRORS, "hanorec/topk_groups.py"},
+    "hanorec/topk_groups.py": {"torch"},
     "hanorec/hars.py": {"torch", ERRORS},
     "hanorec/scoring.py": {"torch", "hanorec/losses.py"},
     "hanorec/metrics.py": {"numpy", ERRORS},

@@ -13,18 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hanorec.base.distributed import all_gather, rank, share, world_size
-from hanorec.topk import block_rows, check, first_not_finite, keep_best, products, topk_neighbors
+from hanorec.topk import Keep, check, first_not_finite, products, topk_neighbors, way
 
 
 @torch.no_grad()
 def topk_neighbors_ring(
-    part: Tensor, n: int, k: int, block: int | None = None
+    part: Tensor, n: int, k: int, block: int | None = None, by_groups: bool | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""`topk_neighbors` of N rows of which each rank holds its `share`.
 
     Args:
         part: (n_r, d) this rank's unit rows, possibly none. n: N, of all ranks.
-        k, block: as in `topk_neighbors`.
+        k, block, by_groups: as in `topk_neighbors`.
     Returns:
         scores (n_r, K) and index (n_r, K) of this rank's rows; index counts all N rows. Equal
         scores: the smaller index first.
@@ -38,10 +38,10 @@ def topk_neighbors_ring(
         InputError: on all ranks, with the row's number among all N.
     """
     size, first = world_size(), share(n).start
-    block = block_rows(part, block)
+    blocks = way(part, block, by_groups)
     check(n, k, _first_broken(part, first, n))
 
-    best = _at_home(part, first, k, block)
+    best = _at_home(part, first, k, block, by_groups)
     visitor = _padded(part, n)  # all slices travel at one length
     luggage = _nothing(visitor, k)  # the visitor's own lists, (rows, K) each
     for step in range(1, size // 2 + 1):
@@ -60,7 +60,7 @@ def topk_neighbors_ring(
             first + at_home.start,
             origin.start + away.start,
             k,
-            block,
+            blocks,
         )
         _take_in([x[at_home] for x in best], for_home)
         _take_in([x[away] for x in luggage], for_visitor)
@@ -83,29 +83,33 @@ def _nothing(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best, torch.zeros(len(rows), k, dtype=torch.int64, device=rows.device)
 
 
-def _at_home(part: Tensor, first: int, k: int, block: int) -> tuple[Tensor, Tensor]:
+def _at_home(
+    part: Tensor, first: int, k: int, block: int | None, by_groups: bool | None
+) -> tuple[Tensor, Tensor]:
     """The neighbours among the slice's own rows; where there are fewer than K, the rest is
     `_nothing`."""
     best, index = _nothing(part, k)
     most = min(k, len(part) - 1)
     if most > 0:
-        best[:, :most], index[:, :most] = topk_neighbors(part, most, block)
+        best[:, :most], index[:, :most] = topk_neighbors(part, most, block, by_groups)
     return best, index + first
 
 
 def _meeting(
-    a: Tensor, b: Tensor, first_a: int, first_b: int, k: int, block: int
+    a: Tensor, b: Tensor, first_a: int, first_b: int, k: int, blocks: tuple[int, int, Keep]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The K best of b for each row of a, and of a for each row of b: each block of products
     computed once."""
+    rows, columns, keep = blocks
     for_a, for_b = _nothing(a, k), _nothing(b, k)
-    for i in range(0, len(a), block):
-        for j in range(0, len(b), block):
-            I, J = slice(i, i + block), slice(j, j + block)
+    for i in range(0, len(a), rows):
+        for j in range(0, len(b), columns):
+            I, J = slice(i, i + rows), slice(j, j + columns)
             # HN-3 of these two slices: s_{ij} = \langle e_i, e_j \rangle
             s = products(a[I], b[J], for_a[0].dtype)  # (b_I, b_J)
-            keep_best(for_b[0][J], for_b[1][J], s.T, first_a + i)
-            keep_best(for_a[0][I], for_a[1][I], s, first_b + j)
+            keep(for_b[0][J], for_b[1][J], s.T, first_a + i)
+            keep(for_a[0][I], for_a[1][I], s, first_b + j)
+            del s  # before the next one is made
     return for_a, for_b
 
 
