@@ -4,6 +4,8 @@ of the matrix, then torch.topk).
 
     python benchmarks/topk.py [--rows 41081] [--width 1536] [--k 10] [--dtype float32]
         [--queries 4096] [--rounds 5] [--device cuda]
+    python benchmarks/topk.py --table --device cuda    a row a size, plain torch and floor beside it
+    python benchmarks/topk.py --toy                    the same table of toys, in seconds on a CPU
 
 Ours answers every row. A peer answers the first --queries rows, and its seconds are scaled to all:
 each query costs it one pass over the rows, however many there are. Neither peer can leave the row
@@ -13,7 +15,7 @@ the products of one half of the symmetric matrix, N^2 d FLOP, at the measured ra
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from measure import interleaved, measure_memory, now, peak_memory
@@ -24,6 +26,39 @@ from hanorec.topk import topk_neighbors
 
 # scores no further apart count as equal: a peer returns them in this type
 ROUNDING = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}
+
+
+# rows, width, dtype of --table
+SIZES = [
+    (41_081, 1536, "float32"), (41_081, 1536, "bfloat16"), (200_000, 1536, "bfloat16"),
+    (1_000_000, 1536, "bfloat16"),
+]
+TOYS = [(700, 32, "float32"), (1_000, 32, "bfloat16")]
+
+
+class Row(NamedTuple):
+    """A row of the table: seconds for all rows, megabytes beside the rows (results included)."""
+
+    rows: int
+    width: int
+    dtype: str
+    ours: float
+    plain: float
+    floor: float
+    memory: float
+
+    def __str__(self) -> str:
+        return (
+            f"| {self.rows:,} x {self.width} {self.dtype} | {self.ours:.3g} | {self.plain:.3g} | "
+            f"{self.plain / self.ours:.2f} | {self.floor:.3g} | {self.ours / self.floor:.1f} | "
+            f"{self.memory:.0f} |"
+        )
+
+
+HEAD = (
+    "| Top-K | seconds | plain torch, seconds | times plain | floor, seconds | times the floor | "
+    "memory, MB |\n|---|---|---|---|---|---|---|"
+)
 
 
 def unit_rows(args: argparse.Namespace) -> Tensor:
@@ -94,6 +129,36 @@ def compare(name: str, e: Tensor, ours: Tensor, theirs: Tensor, tolerance: float
     return f"{len(rows)} of {len(theirs)}"
 
 
+def measured(
+    rows: int, width: int, dtype: str, k: int, queries: int, rounds: int, device: str
+) -> Row:
+    """Ours by groups of columns, as on a GPU (also on a CPU), against plain torch. No row where
+    the neighbours differ beyond rounding.
+    """
+    e = unit_rows(argparse.Namespace(rows=rows, width=width, dtype=dtype, device=device))
+    queries = min(queries, rows)
+    sides: dict[str, Any] = {
+        "ours": lambda: topk_neighbors(e, k, by_groups=True),
+        "plain": lambda: plain(e, queries, k),
+    }
+    compare("plain torch", e, sides["ours"]()[1][:queries], sides["plain"](), ROUNDING[dtype])
+    seconds = interleaved(sides, rounds, device)
+    return Row(
+        rows, width, dtype, seconds["ours"], seconds["plain"] * rows / queries,
+        rows**2 * width / product_rate(e, device), measure_memory(sides["ours"], device),
+    )
+
+
+def table(device: str, toy: bool, k: int = 10, queries: int = 4096, rounds: int = 3) -> list[Row]:
+    """Measure and print a row a size."""
+    print(HEAD)
+    found = []
+    for rows, width, dtype in TOYS if toy else SIZES:
+        found.append(measured(rows, width, dtype, k, queries, rounds, device))
+        print(found[-1], flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -112,8 +177,13 @@ def main() -> None:
         "--memory", metavar="SIDE",
         help="measure the peak memory of this side alone, beside the rows",
     )
+    parser.add_argument("--table", action="store_true", help="a row for each of several sizes")
+    parser.add_argument("--toy", action="store_true", help="the table, of toys")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.table or args.toy:
+        table(args.device, args.toy, args.k, args.queries, args.rounds)
+        return
     queries = min(args.queries, args.rows)
     e = unit_rows(args)
     sides: dict[str, Any] = {

@@ -76,6 +76,9 @@ def cluster_gap(
 ) -> Tensor:
     r"""Delta: how different the clusters of the chosen and the rejected item are.
 
+    Any number of pairs: PAIRS_AT_ONCE of them hold (2 + 2K) d numbers each, 0.14 GB in float32 at
+    K = 10, d = 1536, and no pair makes the CPU wait for a GPU.
+
     Args:
         e: (N, d) unit rows.
         scores, index: (N, K) of `topk_neighbors`.

@@ -17,8 +17,8 @@ from hanorec.topk_groups import keep_best_by_groups
 
 # Rows of a block. 992 is a multiple of 32, as the matrix product likes it, and no power of two:
 # with a stride of 1024 numbers the entries of a column share a few cache lines, and reading the
-# block by columns takes five times as long. A GPU needs more work a launch: there a block is four
-# times as wide as high, 1.1 GB in float32.
+# block by columns takes five times as long. A GPU needs more work a launch: there a block is three
+# times as wide as high, 0.8 GB in float32, and two exist while the next one is made.
 BLOCK_CPU, BLOCK_GPU = 992, 8192
 Keep = Callable[[Tensor, Tensor, Tensor, int], None]
 
@@ -67,7 +67,6 @@ def topk_neighbors(
             # columns, then those below.
             keep(best[J], index[J], s.T, i)
             keep(best[I], index[I], s, j)
-            del s  # before the next one is made
     return best, index
 
 
@@ -79,7 +78,7 @@ def way(e: Tensor, block: int | None, by_groups: bool | None) -> tuple[int, int,
         by_groups = e.device.type != "cpu"
     if by_groups:
         rows = block or (BLOCK_GPU // 2 if e.dtype == torch.float64 else BLOCK_GPU)
-        return rows, 4 * rows, keep_best_by_groups
+        return rows, 3 * rows, keep_best_by_groups
     return block or BLOCK_CPU, block or BLOCK_CPU, keep_best
 
 

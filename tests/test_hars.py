@@ -227,11 +227,14 @@ def test_no_pair_has_no_gap():
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers in any tensor made inside."""
+    """The most numbers in any tensor made inside; the names of the operations."""
 
-    numbers = 0
+    def __init__(self):
+        super().__init__()
+        self.numbers, self.operations = 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations.add(function.name().removeprefix("aten::").partition(".")[0])
         made = function(*args, **kwargs or {})
         for tensor in made if isinstance(made, tuple | list) else [made]:
             if isinstance(tensor, torch.Tensor):
@@ -256,6 +259,26 @@ def test_memory_is_that_of_one_piece(monkeypatch):
 
     assert largest(100) == 100 * 10 * 6
     assert largest(len(w)) >= len(w) * 10 * 6
+
+
+@pytest.mark.equation("HN-4")
+def test_many_pairs_on_a_device():
+    """Torch's device of shapes without numbers: 50,000 pairs of 41,081 items of width 1536 in
+    tensors of 1,024 x 22 x 1,536 numbers (in float32; here counted by 8 bytes) at most, and nobody
+    asks for a number, which would fail there. Control: a question is among the operations.
+    """
+    e = torch.empty(41_081, 1536, device="meta")
+    scores = torch.empty(41_081, 10, device="meta")
+    index = torch.empty(41_081, 10, dtype=torch.int64, device="meta")
+    w = torch.empty(50_000, dtype=torch.int64, device="meta")
+    with Largest() as found:
+        delta = cluster_gap(e, scores, index, w, w)
+    assert delta.shape == (50_000,)
+    assert found.numbers <= 1024 * 22 * 1536 * 4 // 8
+    assert "_local_scalar_dense" not in found.operations
+    with Largest() as asked:
+        torch.ones(2).sum().item()
+    assert "_local_scalar_dense" in asked.operations
 
 
 # ---- HN-5: hardness ----

@@ -109,7 +109,6 @@ def _meeting(
             s = products(a[I], b[J], for_a[0].dtype)  # (b_I, b_J)
             keep(for_b[0][J], for_b[1][J], s.T, first_a + i)
             keep(for_a[0][I], for_a[1][I], s, first_b + j)
-            del s  # before the next one is made
     return for_a, for_b
 
 
