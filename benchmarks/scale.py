@@ -1,15 +1,15 @@
 """The arithmetic of docs/scale.md: what is stored, moved and computed toward a billion users:
 python benchmarks/scale.py
 
-Nothing here is measured but the CPU rates it names; GPU hours are operations over 40% of an H100's
-989 TFLOP/s in bfloat16, an assumption. Symbols as in benchmarks/sizes.py: P = weights of the
+Nothing here is measured but the CPU rates it names and the Top-K; other GPU hours are operations
+over 40% of an H100's 989 TFLOP/s in bfloat16, an assumption. Symbols as in benchmarks/sizes.py: P = weights of the
 language model's layers, T = tokens of a row, N = items, U = users, d = width.
 """
 
 import itertools
 from collections.abc import Callable
 
-from sizes import EPOCHS, MODELS, PATCHES, TARGETS, T, hours, in_layers
+from sizes import EPOCHS, GPU, MODELS, PATCHES, SHARE, TARGETS, T, hours, in_layers
 
 Model = tuple[float, float, int, int, int, int]  # as in benchmarks/sizes.py
 
@@ -27,6 +27,10 @@ IMAGE_TOKENS, K, HISTORY, BRMRS_WIDTH = 64, 10, 100, 64
 # bytes: three positions as int64, a place in a list, and an integer of its own for the third of the
 # tokens that are text
 TOKEN = 44
+# Top-K, one H100, commit 529e433 (docs/performance.md): the rate of products in float32, as e is;
+# and what 10^6 x 1536 rows in bfloat16 took beside their products, seconds a pair of rows
+PRODUCTS = 51e12
+SELECTING = (15.8 - 1e12 * 1536 / 635e12) / 1e12
 RANK, LINK = 8, 50e9  # LoRA r; bytes a second between GPUs that do not share a box (400 Gbit/s)
 
 
@@ -69,7 +73,8 @@ STORED: dict[str, Callable[[float, float, int], float]] = {
 # Operations by users, items and a row of MODELS.
 WORK: dict[str, Callable[[float, float, Model], float]] = {
     "encode the images": lambda u, n, s: 2 * s[1] * PATCHES * n,
-    "exact Top-K": lambda u, n, s: n * n * s[3],
+    # as operations at the rate of all others
+    "exact Top-K": lambda u, n, s: n * n * (s[3] / PRODUCTS + SELECTING) * GPU * SHARE,
     "SFT": lambda u, n, s: 4 * in_layers(*s[2:]) * T * u * TARGETS,
     "reference, once": lambda u, n, s: 2 * in_layers(*s[2:]) * T * u * TARGETS,
     "DPO": lambda u, n, s: 6 * in_layers(*s[2:]) * T * u * TARGETS,

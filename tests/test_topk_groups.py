@@ -2,8 +2,10 @@
 torch.topk makes of them, shapes that nothing divides, no question to the device, memory.
 """
 
+import sys
 import weakref
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -16,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hanorec import topk, topk_groups
 from hanorec.topk import topk_neighbors
 from hanorec.topk_groups import keep_best_by_groups
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import topk as benchmark
 
 pytestmark = pytest.mark.equation("HN-3")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -259,6 +264,17 @@ def test_memory_is_a_block_and_a_part_of_it():
     results = scores.untyped_storage().nbytes() + index.untyped_storage().nbytes()
     assert 2 * 100 * 300 * 4 < watched.most - results < 3 * 100 * 300 * 4
     assert watched.largest == 100 * 300 * 4
+
+
+def test_the_table_of_the_benchmark(capsys, monkeypatch):
+    """Its rows and its refusal: another answer than plain torch's gives no row."""
+    monkeypatch.setattr(benchmark, "TOYS", [(90, 8, "float32"), (70, 8, "bfloat16")])
+    rows = benchmark.table("cpu", toy=True, k=3, queries=40, rounds=1)
+    assert [(row.rows, row.dtype) for row in rows] == [(90, "float32"), (70, "bfloat16")]
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    monkeypatch.setattr(benchmark, "plain", lambda e, queries, k: torch.zeros(40, 4).long())
+    with pytest.raises(SystemExit, match="other neighbours"):
+        benchmark.table("cpu", toy=True, k=3, queries=40, rounds=1)
 
 
 def test_the_way_that_suits_the_device():
