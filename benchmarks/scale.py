@@ -2,8 +2,8 @@
 python benchmarks/scale.py
 
 Nothing here is measured but the CPU rates it names and the Top-K; other GPU hours are operations
-over 40% of an H100's 989 TFLOP/s in bfloat16, an assumption. Symbols as in benchmarks/sizes.py: P = weights of the
-language model's layers, T = tokens of a row, N = items, U = users, d = width.
+over 40% of an H100's 989 TFLOP/s in bfloat16, an assumption. Symbols as in benchmarks/sizes.py: P =
+weights of the language model's layers, T = tokens of a row, N = items, U = users, d = width.
 """
 
 import itertools

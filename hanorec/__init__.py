@@ -9,7 +9,7 @@ To understand HaNoRec, read these files after docs/walkthrough.md, in this order
     ../train_dpo   the loop
 
 scoring (EV-1), metrics (EV-2 .. EV-4), readings (what else the document may mean) and topk_groups
-(HN-3 on a GPU) stand beside them. The other folders: base (settings, files, processes), datasets, lora (adapter files), mllm
-(the three model families), ranking and brmrs (BR-1 .. BR-6), run (what stands around the loops),
-studies. docs/architecture.md has the plan.
+(HN-3 on a GPU) stand beside them. The other folders: base (settings, files, processes), datasets,
+lora (adapter files), mllm (the three model families), ranking and brmrs (BR-1 .. BR-6), run (what
+stands around the loops), studies. docs/architecture.md has the plan.
 """

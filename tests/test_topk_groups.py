@@ -24,7 +24,7 @@ import topk as benchmark
 
 pytestmark = pytest.mark.equation("HN-3")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-EXACT = dict(atol=0, rtol=0)
+EXACT = {"atol": 0, "rtol": 0}
 
 
 def whole_numbers(n, d, seed, dtype=torch.float32, most=2):
@@ -243,13 +243,13 @@ def test_a_block_asks_the_device_nothing():
                                           (torch.bfloat16, 10), (torch.float64, 100)])
 def test_memory_at_full_size(dtype, k, monkeypatch):
     """60,000 x 1536 in the default blocks, on torch's device that has shapes and no numbers (and
-    that fails where one is asked for): with the results below 2 GB, of which two blocks are most. What
-    stands beside the results does not grow with N.
+    that fails where one is asked for): with the results below 2 GB, of which two blocks are most.
+    What stands beside the results does not grow with N.
     """
     monkeypatch.setattr(topk, "first_not_finite", len)  # asked once, before the first block
     e = torch.empty(60_000, 1536, dtype=dtype, device="meta")
     with Watched(e) as watched:
-        scores, _ = topk_neighbors(e, k)
+        topk_neighbors(e, k)
     assert watched.operations["max"] and not ASKS & watched.operations.keys()  # by groups
     assert topk.BLOCK_GPU**2 * 4 < watched.most < 2e9
 
@@ -272,7 +272,8 @@ def test_the_table_of_the_benchmark(capsys, monkeypatch):
     rows = benchmark.table("cpu", toy=True, k=3, queries=40, rounds=1)
     assert [(row.rows, row.dtype) for row in rows] == [(90, "float32"), (70, "bfloat16")]
     assert len(capsys.readouterr().out.splitlines()) == 4
-    monkeypatch.setattr(benchmark, "plain", lambda e, queries, k: torch.zeros(40, 4).long())
+    wrong = torch.arange(50, 54).expand(40, 4)
+    monkeypatch.setattr(benchmark, "plain", lambda e, queries, k: wrong)
     with pytest.raises(SystemExit, match="other neighbours"):
         benchmark.table("cpu", toy=True, k=3, queries=40, rounds=1)
 
