@@ -18,7 +18,7 @@ from toys import Example, Work, busy_lora, encode, load
 
 from hanorec.base.config import DataConfig
 from hanorec.datasets.catalog import Catalog
-from hanorec.lora.layer import LoRALinear, adapters_off, lora_layers
+from hanorec.lora.layer import LoRALinear, adapters_off, language_model, lora_layers
 from hanorec.mllm.backbone import Backbone
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.collate import Batch
@@ -51,12 +51,14 @@ class Side:
 
 def ours(
     work: Work, made: list[Example], device: str, *flags: str, tower: bool = False,
-    prepared: bool = False,
+    prepared: bool = False, compiled: bool = False,
 ) -> Side:
     """train_dpo.py's step. flags: more of its flags; tower: encode the images in each step, which
-    it does once; prepared: collated beforehand.
+    it does once; prepared: collated beforehand; compiled: the layers, one by one.
     """
     run = ToyRun(work, made, device, tower, prepared)
+    for layer in language_model(run.backbone.model).layers if compiled else []:
+        layer.compile()
     train_dpo = script("train_dpo")  # a module of this side alone
     train_dpo.Run = run.begin
     train_dpo.load_examples = lambda *_: (run.builder, [])

@@ -39,7 +39,8 @@ def theirs(
         processing = ImageTextProcessor(image_processor(), processing)
     config = DPOConfig(
         tempfile.gettempdir(), per_device_train_batch_size=len(pairs), beta=BETA,
-        learning_rate=RATE, max_grad_norm=CLIP, optim="adamw_torch", weight_decay=0.0, bf16=False,
+        learning_rate=RATE, max_grad_norm=CLIP, optim="adamw_torch", weight_decay=0.0,
+        bf16=work.dtype == "bfloat16",
         use_cpu=device == "cpu", activation_checkpointing=False, max_length=None, report_to="none",
         precompute_ref_log_probs=cached,
     )
@@ -48,8 +49,8 @@ def theirs(
         task_type="CAUSAL_LM",
     )
     trainer = DPOTrainer(
-        model(work), args=config, train_dataset=Dataset.from_list(pairs),
-        processing_class=processing, peft_config=lora,
+        model(work, "cpu" if work.dtype == "float32" else device), args=config,
+        train_dataset=Dataset.from_list(pairs), processing_class=processing, peft_config=lora,
     )
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # what trainer.train() sets

@@ -1,13 +1,15 @@
-"""SFT and DPO on random weights of published shapes: tokens a second and peak memory, beside the
-README's arithmetic.
+"""All that a GPU can tell, with one command; and a part of it: SFT and DPO on random weights of
+published shapes, their tokens a second and their peak of memory, beside what is expected.
 
+    python benchmarks/gpu.py all [--toy]      every part below, and those of gpu_all.py
     python benchmarks/gpu.py make 3B MODEL    once: the checkpoint, random bfloat16 weights
     torchrun --nproc-per-node 1 benchmarks/gpu.py run MODEL OUT
         [any flag of train_sft.py, as --shard true or --checkpointing true]
 
-Sizes: 2B, 3B, 7B (Qwen2-VL-2B, Qwen2.5-VL-3B, -7B), and tiny for a CPU. The data are Posterland's:
-5 films of history, 10 candidates, 15 images of 64 tokens; only lengths matter here. Each stage does
-12 optimizer steps of 4 x 2 rows, of which the first two are not timed.
+all wants one GPU, some 15 GB of disk and about five minutes; --toy takes every part at a size that
+says nothing, on a CPU. Sizes: 2B, 3B, 7B (Qwen2-VL-2B, Qwen2.5-VL-3B, -7B), and tiny for a CPU. The
+data are Posterland's: 5 films of history, 10 candidates, up to 15 images of 64 tokens; only lengths
+matter here. Each stage does 12 optimizer steps of 4 x 2 rows, of which the first two are not timed.
 """
 
 import argparse
@@ -20,7 +22,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sizes import MICRO, MODELS, activations, in_layers
+import torch.distributed as dist
+from gpu_all import run_all
+from sizes import MICRO, MODELS, in_layers
 from transformers import (
     AutoModelForImageTextToText,
     Qwen2_5_VLConfig,
@@ -28,10 +32,11 @@ from transformers import (
     Qwen2VLImageProcessor,
 )
 
+from hanorec.base import command
 from hanorec.base.distributed import world_size
-from hanorec.base.files import claim_folder, read_object, write_json
+from hanorec.base.files import claim_folder, write_json
 from hanorec.datasets.posterland import make_posterland, words
-from hanorec.mllm import builder
+from hanorec.mllm import builder, memory
 from hanorec.run import run as training_run
 from hanorec.studies.scripts import script
 from hanorec.studies.tiny import make_checkpoint
@@ -92,7 +97,9 @@ def make(size: str, out: Path) -> None:
             text_config=text | {"tie_word_embeddings": tied}, vision_config=vision,
             tie_word_embeddings=tied, **tokens,
         )
-        AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # drawn in no time
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(out)
         pixels = {"shortest_edge": 224 * 224, "longest_edge": 224 * 224}
         Qwen2VLImageProcessor(
             patch_size=14, merge_size=2, temporal_patch_size=2, size=pixels
@@ -101,11 +108,12 @@ def make(size: str, out: Path) -> None:
     print(f"wrote {out}")
 
 
-def measure(stage: str, argv: list[str]) -> tuple[float, float, int]:
-    """(seconds a step, peak bytes of this process's GPU, tokens of the whole batch's rows) of a
-    training script.
+def measure(stage: str, argv: list[str]) -> tuple[float, int, int, str]:
+    """(seconds a step, peak bytes of this process's GPU, tokens of the whole batch's rows, what the
+    script itself expects a step to take) of a training script.
     """
-    times, tokens, log, collate = [], [0], training_run.append_log, builder.collate
+    times, tokens, said = [], [0], []
+    log, collate, estimate = training_run.append_log, builder.collate, memory.step_memory
 
     def timed(path: Path, record: dict[str, Any]) -> None:
         log(path, record)
@@ -115,17 +123,22 @@ def measure(stage: str, argv: list[str]) -> tuple[float, float, int]:
         tokens[0] += sum(len(row.prompt) + sum(map(len, row.answers)) for row in rows)
         return collate(backbone, rows, *rest, **named)
 
+    def expecting(*arguments: Any) -> memory.Memory:
+        said.append(estimate(*arguments))
+        return said[-1]
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with (
         mock.patch.object(training_run, "append_log", timed),
         mock.patch.object(builder, "collate", counting),
+        mock.patch.object(memory, "step_memory", expecting),
     ):
         script(stage).main(argv)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return (
         (times[-1] - times[SKIPPED - 1]) / (len(times) - SKIPPED), peak,
-        tokens[0] // len(times) * world_size(),
+        tokens[0] // len(times) * world_size(), f"{said[0].total / 1e9:.3g}",
     )
 
 
@@ -138,37 +151,19 @@ def run(model: Path, out: Path, flags: list[str]) -> None:
         make_posterland(data, users=STEPS * MICRO * 2)
     while not (data / "dataset.json").exists():  # written last
         time.sleep(0.1)
-    shape = (facts["layers"], facts["width"], facts["kv"], facts["mlp"])
+    weights = in_layers(facts["layers"], facts["width"], facts["kv"], facts["mlp"])
     common = ["--model", str(model), "--data", str(data), *FLAGS, *flags]
-    if speaks:
-        print(
-            (
-                "stage | processes | s a step | tokens a second | TFLOP/s, forwards and backwards "
-                "| peak memory, GB | weights + activations by the README's arithmetic, GB\n"
-            )
-            + "---|" * 6
-            + "---",
-            flush=True,
-        )
+    head = "stage | processes | s a step | tokens a second | TFLOP/s, forwards and backwards "
+    lines = [head + "| peak memory, GB | expected, GB", "---|" * 6 + "---"]
     for stage, passes in (("train_sft", 4), ("train_dpo", 6)):
-        seconds, peak, tokens = measure(stage, [*common, "--out", str(out / stage)])
-        settings = read_object(out / stage / "run.json")["settings"]
-        weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        weights -= 2 * in_layers(*shape) * (1 - 1 / world_size()) if settings["shard"] else 0
-        rows = min(MICRO, -(-MICRO * 2 // world_size()))  # of this process, in a micro-batch
-        kept = (
-            rows
-            * tokens
-            / (MICRO * 2)
-            * activations(facts["layers"], facts["width"], facts["mlp"], settings["checkpointing"])
+        seconds, peak, tokens, expected = measure(stage, [*common, "--out", str(out / stage)])
+        lines.append(
+            f"{stage} | {world_size()} | {seconds:.2f} | {tokens / seconds:,.0f} | "
+            f"{passes * weights * tokens / seconds / 1e12:.4g} | {peak / 1e9:.1f} | {expected}"
         )
-        if speaks:
-            print(
-                f"{stage} | {world_size()} | {seconds:.2f} | {tokens / seconds:,.0f} | "
-                f"{passes * in_layers(*shape) * tokens / seconds / 1e12:.4g} | {peak / 1e9:.1f} | "
-                f"{weights / 1e9:.1f} + {kept / 1e9:.1f}",
-                flush=True,
-            )
+    if dist.is_initialized():
+        lines.append(f"\nprocesses speak by {dist.get_backend()}")
+    print("\n" + "\n".join(lines))
 
 
 def main() -> None:
@@ -181,12 +176,15 @@ def main() -> None:
     making.add_argument("model", type=Path)
     running.add_argument("model", type=Path)
     running.add_argument("out", type=Path)
+    commands.add_parser("all").add_argument("--toy", action="store_true")
     args, flags = parser.parse_known_args()
     if args.command == "make":
         make(args.size, args.model)
+    elif args.command == "all":
+        run_all(args.toy)
     else:
         run(args.model, args.out, flags)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,15 +1,28 @@
 """The arithmetic of docs/scale.md: what is stored, moved and computed toward a billion users:
 python benchmarks/scale.py
 
-Nothing here is measured but the CPU rates it names and the Top-K; other GPU hours are operations
-over 40% of an H100's 989 TFLOP/s in bfloat16, an assumption. Symbols as in benchmarks/sizes.py: P =
-weights of the language model's layers, T = tokens of a row, N = items, U = users, d = width.
+GPU hours are operations over the rates that one H100 reached at 3B and 529e433 (RATES, and the
+Top-K's); where there is none, over 40% of its 989 TFLOP/s in bfloat16, an assumption. P = weights of
+the language model's layers, T = tokens of a row, N = items, U = users, d = width.
 """
 
 import itertools
 from collections.abc import Callable
 
-from sizes import EPOCHS, GPU, MODELS, PATCHES, SHARE, TARGETS, T, hours, in_layers
+from sizes import (
+    DPO,
+    EPOCHS,
+    FORWARD,
+    GPU,
+    MODELS,
+    PATCHES,
+    SFT,
+    SHARE,
+    TARGETS,
+    T,
+    hours,
+    in_layers,
+)
 
 Model = tuple[float, float, int, int, int, int]  # as in benchmarks/sizes.py
 
@@ -81,6 +94,10 @@ WORK: dict[str, Callable[[float, float, Model], float]] = {
     "rank 10 candidates for every user": lambda u, n, s: 2 * in_layers(*s[2:]) * T * u,
 }
 
+RATES = {
+    "SFT": SFT, "DPO": DPO, "reference, once": FORWARD, "rank 10 candidates for every user": FORWARD
+}
+
 
 def head(*first: str) -> None:
     """The head of a table: a nameless column, these, then one for each world and model."""
@@ -98,10 +115,11 @@ def main() -> None:
     for name, need in STORED.items():
         line(name, *(size(need(*world, shape[3])) for (_, world), (_, shape) in CASES))
 
-    print("\nHours on H100s at 40% (one epoch of SFT and DPO; 3 rows a user)\n")
+    print("\nHours on H100s (one epoch of SFT and DPO; 3 rows a user)\n")
     head("GPUs")
     for name, flops in WORK.items():
-        needed = [hours(flops(*world, shape)) for (_, world), (_, shape) in CASES]
+        rate = RATES.get(name, GPU * SHARE)
+        needed = [hours(flops(*world, shape), rate) for (_, world), (_, shape) in CASES]
         for gpus in (8, 64, 512):
             line(name, str(gpus), *(span(h / gpus) for h in needed))
 
@@ -122,7 +140,7 @@ def main() -> None:
             size(2 * total),
             f"{size(whole + base / 8)}, {size(whole + base / 64)}",
             f"{size(2 * base)} in {2 * base / LINK:.1f} s",
-            f"{hours(4 * weights * T) * 3600:.2f} s",
+            f"{hours(4 * weights * T, SFT) * 3600:.2f} s",
         )
     print(f"\n{EPOCHS} epochs are the release's; the table's hours are for one.")
 

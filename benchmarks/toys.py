@@ -15,12 +15,12 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen2VLImageProcessorPil,
 )
 
@@ -57,6 +57,8 @@ class Work:
     kv_heads: int = 2
     vision_width: int = 160
     vision_layers: int = 5
+    images: int = IMAGES  # a prompt
+    dtype: str = "float32"
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -68,10 +70,11 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="<eos>")
 
 
-def model(work: Work) -> nn.Module:
+def model(work: Work, device: str = "cpu") -> nn.Module:
     """Weights are large enough (0.05) for logits to differ from uniform: a difference between two
-    sides then shows.
+    sides then shows. device: where they are drawn.
     """
+    dtype = getattr(torch, work.dtype)
     torch.manual_seed(0)
     text = {
         "vocab_size": work.vocabulary, "hidden_size": work.width, "intermediate_size": work.mlp,
@@ -81,7 +84,8 @@ def model(work: Work) -> nn.Module:
         "initializer_range": 0.05,
     }
     if not work.vision:
-        return Qwen2ForCausalLM(Qwen2Config(**text))
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(Qwen2Config(**text), dtype=dtype)
     half = work.width // work.heads // 2
     text["rope_parameters"] = {
         "rope_type": "default", "rope_theta": 10000.0,
@@ -92,12 +96,12 @@ def model(work: Work) -> nn.Module:
         "intermediate_size": 8 * work.vision_width // 3, "num_heads": work.vision_width // 32,
         "out_hidden_size": work.width, "fullatt_block_indexes": [work.vision_layers - 1],
     }
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=4,
-            video_token_id=5, vision_start_token_id=2, vision_end_token_id=3,
-        )
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=4,
+        video_token_id=5, vision_start_token_id=2, vision_end_token_id=3,
     )
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype)
 
 
 def image_processor() -> Qwen2VLImageProcessorPil:
@@ -129,7 +133,7 @@ def examples(work: Work, lengths: list[int] | None = None) -> list[Example]:
         return " ".join(f"w{i}" for i in draw.integers(len(SPECIAL), work.vocabulary, n))
 
     made = []
-    images = IMAGES if work.vision else 0
+    images = work.images if work.vision else 0
     text = work.prompt - images * (2 + (EDGE // 28) ** 2)  # tokens that are words
     for _ in range(work.prompts):
         sizes = [text // (images + 1)] * images  # words before each image; the rest comes last
@@ -158,7 +162,8 @@ def load(
     """hanorec's side: the backbone, the rows that share one prompt among their answers, and every
     image's features, computed once.
     """
-    loaded = model(work).requires_grad_(False).to(device).eval()
+    loaded = model(work, "cpu" if work.dtype == "float32" else device)
+    loaded.requires_grad_(False).to(device).eval()
     use_segment_attention(loaded)
     if not work.vision:
         loaded.config.image_token_id = -1
@@ -168,7 +173,7 @@ def load(
     backbone = Backbone("toy", family, loaded, tokenizer(work.vocabulary), image_processor(), None)
     rows, pictures = [], encode(backbone, made)
     for n, example in enumerate(made):
-        images = [n * IMAGES + i for i in range(len(example.images))]
+        images = [n * work.images + i for i in range(len(example.images))]
         ids = []
         for token in backbone.tokenizer.encode(example.prompt):
             if images and token == backbone.image_token:

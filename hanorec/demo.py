@@ -1,6 +1,6 @@
 """Every stage on Posterland, the generated catalogue, with one command and no download.
 
-    python -m hanorec.demo --out DIR [--seeds N]
+    python -m hanorec.demo --out DIR [--seeds N] [--device cuda]
 
 For each seed: make the data, fine-tune (SFT) on one half of the users, then train on others, which
 SFT did not see: DPO, HaNoRec as documented, its ablations, HaNoRec with standardised lambda and
@@ -32,14 +32,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument(
         "--seeds", type=int, default=1, help="how many times all is repeated, data included")
+    parser.add_argument("--device", help="default: cpu, also where there is a GPU")
     args = parser.parse_args(argv)
     if args.seeds < 1:
         raise InputError(f"--seeds {args.seeds}: expected at least 1")
 
+    device = args.device or "cpu"
+    if args.device is None and torch.cuda.is_available():
+        print(
+            "the demo runs on the CPU: a GPU would wait for the launches of so small a model; "
+            "--device cuda takes it"
+        )
     out, start, cpu = claim_folder(args.out), time.time(), time.process_time()
     found, ambiguous = [], []
     for seed in range(2025, 2025 + args.seeds):
-        results, titles = run_seed(out / f"seed-{seed}", seed)
+        results, titles = run_seed(out / f"seed-{seed}", seed, device)
         found.append(results)
         ambiguous.append(titles)
 

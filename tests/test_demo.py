@@ -57,6 +57,38 @@ def test_the_demo_draws_plots(small_demo):
             assert min(image.size) > 200 and len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
+class Started(Exception):
+    """The demo has come to its first stage."""
+
+
+@pytest.mark.parametrize(("gpu", "flags", "device", "says"), [
+    (True, [], "cpu", True),
+    (True, ["--device", "cuda"], "cuda", False),
+    (False, [], "cpu", False),
+])
+def test_the_demo_takes_the_cpu_and_says_so(
+    tmp_path, monkeypatch, capsys, gpu, flags, device, says
+):
+    """Where there is a GPU; --device overrides, and is handed to each stage."""
+    def script(name):
+        def main(argv):
+            raise Started(argv[argv.index("--device") + 1])
+        return type("Script", (), {"main": staticmethod(main)})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(stages, "USERS", 10)
+    monkeypatch.setattr(stages, "script", script)
+    with pytest.raises(Started, match=f"^{device}$"):
+        demo.main(["--out", str(tmp_path / "out"), *flags])
+    assert ("the demo runs on the CPU" in capsys.readouterr().out) == says
+
+
+def test_every_stage_of_the_demo_is_on_its_device(small_demo):
+    for folder in ("SFT", "DPO", "HaNoRec", "test"):
+        settings = json.loads((small_demo / "seed-2025" / folder / "run.json").read_text())
+        assert settings["settings"]["device"] == "cpu"
+
+
 def test_users_of_sft_and_dpo_are_different(small_demo):
     seed = small_demo / "seed-2025"
     spans = {

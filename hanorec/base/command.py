@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 from hanorec.base.errors import InputError
+from hanorec.base.exhausted import exhausted, is_exhausted
 from hanorec.base.lock import unlock_all
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a command whose errors become messages.
 
-    An `InputError`, or a fault of the file system, becomes "error: ..." on stderr and exit code 2,
-    without a traceback. Where torchrun started several processes, one of them says so for all.
-    Whatever ends it, the folders that it has locked are let go.
+    An `InputError`, a fault of the file system, or memory that is full becomes "error: ..." on
+    stderr and exit code 2, without a traceback. Where torchrun started several processes, one of
+    them says so for all. Whatever ends it, the folders that it has locked are let go.
     """
     sys.argv[1:] = with_home(sys.argv[1:])
     voice: AbstractContextManager = nullcontext()
@@ -34,6 +35,11 @@ def run(main: Callable[[], None]) -> None:
         place, what = error.filename or "the file system", error.strerror or error
         advice = "check the path, its permissions and the space left"
         print(f"error: {place}: {what}; {advice}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_exhausted(error):
+            raise
+        print(f"error: {exhausted(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -17,6 +17,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from hanorec.base.errors import InputError, brief
+from hanorec.base.exhausted import is_exhausted
 from hanorec.lora.layer import language_model
 from hanorec.mllm.checks import window
 from hanorec.mllm.template import Turn, is_marker, read_turn
@@ -131,7 +132,7 @@ def image_features(backbone: Backbone, images: list[Image]) -> list[ImageFeature
         grids = inputs.get("image_grid_thw")
         features = backbone.model.get_image_features(**inputs).pooler_output  # an image (n_i, d)
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_exhausted(error):
             raise
         raise InputError(
             f"{backbone.path}: its vision tower cannot take what its image processor makes "

@@ -33,6 +33,7 @@ from hanorec.mllm.backbone import Backbone, use_checkpointing
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.forward import score_rows
 from hanorec.mllm.load import load_backbone
+from hanorec.mllm.memory import print_memory
 from hanorec.mllm.prompts import Row
 from hanorec.mllm.sharding import set_tower_aside
 from hanorec.mllm.tasks import print_budget
@@ -112,10 +113,12 @@ class Run:
         return torch.Generator(device).manual_seed(seed)
 
     def describe(self, builder: PromptBuilder, **facts: Any) -> None:
-        """What run.json will say of the inputs and of the run.
+        """What run.json will say of the inputs and of the run; prints what a step takes.
 
         It is written once all input has proved good: by `reference` before it computes, by `steps`.
         """
+        noise = facts.get("sigma_n", 0) > 0
+        print_memory(builder.backbone, self.rows, self.train, self.data.plain, noise)
         self.prompt = prompt_settings(self.model, self.data, builder.backbone)
         self.inputs = training_inputs(builder, self.rows, self.train.sft)
         self.facts = facts

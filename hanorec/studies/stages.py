@@ -59,14 +59,16 @@ ROWS = [
 ]
 
 
-def run_seed(out: Path, seed: int) -> tuple[dict[str, Any], dict[str, bool]]:
+def run_seed(out: Path, seed: int, device: str) -> tuple[dict[str, Any], dict[str, bool]]:
     """Make Posterland, run all stages on it, and read them.
 
     Returns: what `collect` finds, with the oracle's row; item -> is its title ambiguous.
     """
     data = out / "data"
     posterland.make_posterland(data, USERS, seed=seed)
-    run_stages(out, BASE, data, seed, SFT, DPO, TEST, noise="movielens")
+    place = ["--device", device]
+    sft, dpo, test = ([*flags, *place] for flags in (SFT, DPO, TEST))
+    run_stages(out, BASE, data, seed, sft, dpo, test, noise="movielens")
     found = collect(out)
     add_oracle(found, data)
     items = read_json(data / "truth.json")["items"]
