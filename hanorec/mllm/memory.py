@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from hanorec.base.config import TrainConfig
 from hanorec.base.distributed import world_size
 from hanorec.mllm.backbone import Backbone
+from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.prompts import Row
 
 # What cuBLAS allocates on an H100, by default, in the threads of forward and of backward.
@@ -159,27 +160,27 @@ def passing_bytes(shape: Shape, work: Work) -> int:
     return logits + max(of_head, of_mlp) + (WORKSPACES if work.device == "cuda" else 0)
 
 
-def frozen_bytes(model: nn.Module) -> int:
-    """Bytes of the weights and buffers that this process holds and does not train."""
+def frozen_bytes(model: nn.Module, device: torch.device) -> int:
+    """Bytes of the weights and buffers that this process holds on a device and does not train."""
     held = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        if not tensor.requires_grad:
+        if not tensor.requires_grad and tensor.device == device:
             own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             held[own.data_ptr()] = own.nbytes  # tied ones once
     return sum(held.values())
 
 
 def print_memory(
-    backbone: Backbone, rows: Sequence[Row], train: TrainConfig, plain: bool, noise: bool
+    builder: PromptBuilder, rows: Sequence[Row], train: TrainConfig, noise: bool
 ) -> None:
     """What a step on these rows takes, so that it can be judged before memory runs out.
 
-    The model has its adapters. plain: a forward an answer; noise: of NoDO.
+    The model has its adapters. noise: whether NoDO draws any.
     """
-    model = backbone.model
+    backbone, model = builder.backbone, builder.backbone.model
     shape = shape_of(backbone.config.text_config, model.dtype)
-    work = largest_work(backbone, rows, train, plain, noise)
-    weights = frozen_bytes(model)
+    work = largest_work(backbone, rows, train, builder.config.plain, noise)
+    weights = frozen_bytes(model, backbone.device)
     if train.shard:  # a layer computes while the next one is gathered
         weights += 2 * layer_bytes(shape)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -189,7 +190,7 @@ def print_memory(
 def largest_work(
     backbone: Backbone, rows: Sequence[Row], train: TrainConfig, plain: bool, noise: bool
 ) -> Work:
-    """The largest micro-batch that a rank may be given."""
+    """The largest micro-batch that a rank may be given. plain: a forward an answer."""
     step = min(len(rows), train.micro_batch * train.accumulation)
     side_by_side = min(train.micro_batch, -(-step // world_size()))
     count = len(rows[0].answers)

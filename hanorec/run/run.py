@@ -117,8 +117,7 @@ class Run:
 
         It is written once all input has proved good: by `reference` before it computes, by `steps`.
         """
-        noise = facts.get("sigma_n", 0) > 0
-        print_memory(builder.backbone, self.rows, self.train, self.data.plain, noise)
+        print_memory(builder, self.rows, self.train, noise=facts.get("sigma_n", 0) > 0)
         self.prompt = prompt_settings(self.model, self.data, builder.backbone)
         self.inputs = training_inputs(builder, self.rows, self.train.sft)
         self.facts = facts
