@@ -20,7 +20,8 @@ KERNEL = [
     ("41081", "float32", "3"), ("41081", "bfloat16", "3"), ("200000", "bfloat16", "2"),
     ("1000000", "bfloat16", "1"),
 ]
-SHORT = ["--max-pixels", "1024", "--history", "2", "--candidates", "4"]  # of a toy
+# Of a toy: one token an image, four steps instead of twelve.
+SHORT = ["--max-pixels", "1024", "--history", "2", "--candidates", "4", "--users-to", "0.34"]
 
 
 def parts(folder: Path, toy: bool) -> dict[str, list[list[str]]]:

@@ -23,7 +23,7 @@ def test_every_part_runs(capfd):
         "| hanorec | 600 | ",  # kernel
         "| HaNoRec: clean pass, noise | 4 | ",
         "| batches of 8 | ",
-        "| train_dpo, step 2 | ",  # parity
+        "| train_dpo, step 0 | ",  # parity
         "train_sft | 1 | ",
         "train_dpo | 1 | ",
         "processes speak by gloo",
