@@ -197,7 +197,7 @@ def largest_work(
     answers = max(row.answer_tokens for row in rows)
     if plain:
         side_by_side *= count
-        answers = max(len(answer) for row in rows for answer in row.answers)
+        answers = max(max(map(len, row.answers)) for row in rows)
     return Work(
         rows=side_by_side,
         tokens=max(len(row.prompt) for row in rows) + answers,
