@@ -496,8 +496,8 @@ def test_ablation_command(folder, tmp_path, capsys):
 
 
 def test_plots(finished, ablation, folder, tmp_path):
-    """Four panels; of one modality alone there is only Recall. The ablation's results are a table,
-    not a figure.
+    """Four panels in two rows; of one modality alone there is only Recall. The ablation's results
+    are a table, not a figure.
     """
     copied = shutil.copytree(finished, tmp_path / "run")
     assert plot_run(copied) == [copied / "curves.png"]
@@ -506,8 +506,8 @@ def test_plots(finished, ablation, folder, tmp_path):
         tmp_path / "text", tmp_path / "alone", "--epochs", 2, "--lambda-h", 0, "--lambda-s", 0
     )
     assert plot_run(alone) == [alone / "curves.png"]
-    widths = [Image.open(out / "curves.png").size[0] for out in (copied, alone)]
-    assert widths[0] == 4 * widths[1]
+    sizes = [Image.open(out / "curves.png").size for out in (copied, alone)]
+    assert sizes[0] == (2 * sizes[1][0], 2 * sizes[1][1])
     (tmp_path / "ablation").mkdir()
     shutil.copy(ablation[0] / "results.json", tmp_path / "ablation")
     assert plot_run(tmp_path / "ablation") == []

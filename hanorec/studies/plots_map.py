@@ -129,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "of hanorec.studies.map with an experiment that is finished")
     for name in finished:
         figure = DRAWN[name](read_object(out / f"{name}.json"))
-        print(f"wrote {save(figure, out / f'{name}.png')[0]}")
+        path = save(figure, out / f"{name}.png")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

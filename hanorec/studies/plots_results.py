@@ -1,137 +1,161 @@
-"""Figures of results, of `hanorec.studies.plots`: evaluations, tables, and the noise curve."""
+"""Figures of results, of `hanorec.studies.plots`: differences between rows, similarity, noise.
 
-from pathlib import Path
+Each function returns a figure and writes nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from hanorec.base.files import read_json, read_object
-from hanorec.studies.figures import MARKERS, STYLES, bars, panels, reach, save
-from hanorec.studies.stages import ROWS
+from hanorec.studies.figures import MARKERS, STYLES, in_order, panels, percent, row_names
+from hanorec.studies.stages import SHUFFLED
+from hanorec.studies.tables import CONTROL, compare_rows
+
+METRIC = "NDCG@3"
+
+# Rows far from all others, named with their values instead of drawn.
+LANDMARKS = ("chance", "popularity", SHUFFLED, "oracle")
+
+Compared = Mapping[str, Mapping[str, Any]]  # candidate set -> what `compare_rows` returns
 
 
-def plot_evaluation(path: Path) -> list[Path]:
-    """Of evaluate.py: NDCG@3 of every policy with its interval, and the similarity study if any."""
-    report = read_object(path)
-    if "sets" not in report:  # of train_brmrs.py, or of reranking
-        return []
+def compare_evaluation(sets: Mapping[str, Any]) -> tuple[str, Compared]:
+    """Of a metrics.json of evaluate.py: the row that the others are held to, and the comparison.
 
-    policies = next(iter(report["sets"].values()))["policies"]
-    figure, axes = panels(len(report["sets"]), 4.6, 1.6 + 0.3 * len(policies), sharey=True)
-    for axis, (kind, one) in zip(axes, report["sets"].items(), strict=True):
-        rows = {"chance": one["chance"], "popularity": one["popularity"]}
-        rows |= {Path(name).name: policy for name, policy in one["policies"].items()}
-        found = [row["metrics"]["NDCG@3"] for row in rows.values()]
-        mean = np.array([metric["value"] for metric in found])
-        bars(axis, list(rows), mean, reach(mean, found), ("chance", "popularity"))
-        axis.set_xlabel("NDCG@3, 95% interval over users")
-        axis.set_title(f"{kind} candidates", fontsize=10)
-    written = save(figure, path.parent / "metrics.png")
-
-    if "similarity" in report:
-        written += plot_similarity(path.parent / "similarity.png", report["similarity"])
-    return written
+    That row is DPO where there is one, else SFT, the base, or popularity.
+    """
+    names = row_names(next(iter(sets.values()))["policies"])
+    held_to = [name for name in (CONTROL, "SFT", "base") if name in names.values()]
+    control = held_to[0] if held_to and len(names) > 1 else "popularity"
+    compared = {}
+    for kind, one in sets.items():
+        rows = {name: one["policies"][path] for path, name in names.items()}
+        rows["popularity"] = one["popularity"]
+        rows = {name: {**row, "users": one["users"]} for name, row in rows.items()}
+        compared[kind] = compare_rows([rows], control, [METRIC])
+        chance = one["chance"]["metrics"][METRIC]["value"]
+        compared[kind]["rows"]["chance"] = {"values": {METRIC: [chance]}}
+    return control, compared
 
 
-def plot_similarity(out: Path, policies: dict[str, dict[str, list[float]]]) -> list[Path]:
+def compare_demo(seeds: Sequence[Mapping[str, Any]]) -> Compared:
+    """Of a results.json of the demo: each row against DPO, over users and over seeds."""
+    compared = {}
+    for kind in seeds[0]:
+        sets = []
+        for seed in seeds:
+            one, rows = seed[kind], {}
+            for name, values in one["NDCG"].items():
+                rows[name] = {
+                    "metrics": one["rows"][name], "rows": {METRIC: values}, "users": one["users"]}
+            sets.append(rows)
+        compared[kind] = compare_rows(sets, CONTROL, [METRIC])
+        chance = [seed[kind]["rows"]["chance"][METRIC]["value"] for seed in seeds]
+        compared[kind]["rows"]["chance"] = {"values": {METRIC: chance}}
+    return compared
+
+
+def draw_differences(name: str, control: str, sets: Compared) -> Figure:
+    """Each row's NDCG@3 minus that of the control, paired by user; beside it the row's own.
+
+    The thick bar is the 95% interval over users, the thin one that over seeds.
+    """
+    first = next(iter(sets.values()))["rows"]
+    rows = [row for row in in_order(first) if row not in LANDMARKS or row == control]
+    y = np.arange(len(rows))[::-1]
+    figure, axes = panels(len(sets), 4.6, 1.5 + 0.23 * len(rows), sharey=True)
+    for axis, (kind, one) in zip(axes, sets.items(), strict=True):
+        for place, row in zip(y, rows, strict=True):
+            entry = one["rows"][row]
+            _draw_difference(axis, place, entry.get("against_control"))
+            axis.annotate(
+                f"{percent(entry['values'][METRIC]):.1f}", (1.02, place),
+                xycoords=("axes fraction", "data"), va="center", fontsize=8,
+                annotation_clip=False)
+        axis.annotate(
+            f"{METRIC}, %", (1.02, 1.01), xycoords="axes fraction", va="bottom", fontsize=7)
+        axis.axvline(0, color="black", linestyle=":", linewidth=1)
+        axis.set_xlabel(f"{METRIC} minus that of {control}, points")
+        axis.set_title(_caption(kind, one), fontsize=9)
+        axis.margins(y=0.5 / len(rows))
+    axes[0].set_yticks(y, rows, fontsize=8)
+    several = next(iter(sets.values()))["seeds"] > 1
+    bars = "thick: over users, thin: over seeds" if several else "over users"
+    figure.suptitle(f"{name}: paired differences, 95% intervals ({bars})", fontsize=10)
+    return figure
+
+
+def _draw_difference(axis: Any, place: float, test: Mapping[str, Any] | None) -> None:
+    """One row at its place on the y-axis; an open dot is the control itself."""
+    if test is None:
+        axis.plot(0, place, "o", color="black", markerfacecolor="white", markersize=4)
+        return
+    over_users = [100 * test["low"], 100 * test["high"]]
+    axis.plot(over_users, [place, place], color="0.6", linewidth=5, solid_capstyle="butt")
+    if test["over_seeds"]:
+        over_seeds = [100 * end for end in test["over_seeds"]]
+        axis.plot(over_seeds, [place, place], color="black", linewidth=1)
+    axis.plot(100 * test["difference"], place, "o", color="black", markersize=4)
+
+
+def _caption(kind: str, one: Mapping[str, Any]) -> str:
+    """Candidate set, how many users and seeds, and the landmarks."""
+    seeds = "1 seed" if one["seeds"] == 1 else f"{one['seeds']} seeds"
+    parts = [f"{kind} candidates, {one['users']} users, {seeds}"]
+    known = [row for row in LANDMARKS if row in one["rows"]]
+    marks = [f"{row} {percent(one['rows'][row]['values'][METRIC]):.1f}" for row in known]
+    return "\n".join([*parts, *(", ".join(marks[i : i + 2]) for i in range(0, len(marks), 2))])
+
+
+def draw_similarity(name: str, policies: Mapping[str, Mapping[str, list[float]]]) -> Figure:
     """EV-4: left the curve before and after each stage, right the change.
 
     "Weak get weaker" wants the change to be below zero on the left.
     """
     before = next(iter(policies.values()))["before"]
     group = range(1, len(before) + 1)
-    figure, (level, change) = panels(2, 4, 3)
+    figure, (level, change) = panels(2, 4, 3.2)
     level.plot(group, before, "-", color="black", linewidth=2, label="before training")
-    looks = zip(policies.items(), STYLES * 9, MARKERS * 9, strict=False)
-    for (name, curve), style, marker in looks:
-        look = {"marker": marker, "markersize": 4, "color": "0.4", "label": Path(name).name}
+    names = row_names(policies)
+    of_row = {names[path]: curve for path, curve in policies.items()}
+    looks = zip(in_order(of_row), STYLES * 9, MARKERS * 9, strict=False)
+    for row, style, marker in looks:
+        curve = of_row[row]
+        look = {"marker": marker, "markersize": 4, "color": "0.4", "label": row}
         level.plot(group, curve["after"], style, **look)
         change.plot(group, np.subtract(curve["after"], curve["before"]), style, **look)
     change.axhline(0, color="black", linewidth=1)
     level.set_ylabel("mean cos(H, X)")
-    change.set_ylabel("change of it")
+    change.set_ylabel("mean cos(H, X), after less before")
     for axis in (level, change):
         axis.set_xlabel("tenth of the items, least alike first")
     level.legend(fontsize=8)
-    return save(figure, out)
+    figure.suptitle(f"{name}: do weak pairs of image and text get weaker?", fontsize=10)
+    return figure
 
 
-def plot_results(path: Path) -> list[Path]:
-    """NDCG@3 of every row of the demo on both candidate sets.
-
-    The interval is the deviation over seeds, or the bootstrap interval of one seed.
-    """
-    seeds = read_object(path).get("seeds")
-    if not isinstance(seeds, list):  # the ablation of BR-MRS has a table instead
-        return []
-
-    figure, axes = panels(len(seeds[0]), 5.5, 4, sharey=True)
-    for axis, kind in zip(axes, seeds[0], strict=True):
-        names = [name for name in ROWS if name in seeds[0][kind]["rows"]]
-        values, found = [], []
-        for seed in seeds:
-            found = [seed[kind]["rows"][name]["NDCG@3"] for name in names]
-            values.append([metric["value"] for metric in found])
-        mean = np.mean(values, 0)
-        if len(seeds) > 1:
-            error = np.tile(np.std(values, axis=0, ddof=1), (2, 1))
-        else:
-            error = reach(mean, found)
-        bars(axis, names, mean, error, ("chance", "popularity", "oracle"))
-        axis.set_xlabel("NDCG@3")
-        axis.set_title(f"{kind} candidates")
-    return save(figure, path.parent / "metrics.png")
-
-
-def plot_ablation(path: Path) -> list[Path]:
-    """Each row's difference to plain DPO in NDCG@3.
-
-    The thick bar is the interval over users, the thin one that over seeds.
-    """
-    written = []
-    for data, sets in read_json(path).items():
-        rows = next(iter(sets.values()))["rows"]
-        names = [name for name, entry in rows.items() if "against_control" in entry]
-        y = np.arange(len(names))[::-1]
-        figure, axes = panels(len(sets), 4.6, 1.2 + 0.22 * len(names), sharey=True)
-        for axis, (kind, one) in zip(axes, sets.items(), strict=True):
-            for place, name in zip(y, names, strict=True):
-                test = one["rows"][name]["against_control"]
-                over_users = [100 * test["low"], 100 * test["high"]]
-                level = [place, place]
-                axis.plot(over_users, level, color="0.6", linewidth=5, solid_capstyle="butt")
-                if test["over_seeds"]:
-                    over_seeds = [100 * end for end in test["over_seeds"]]
-                    axis.plot(over_seeds, level, color="black", linewidth=1)
-                axis.plot(100 * test["difference"], place, "o", color="black", markersize=4)
-            axis.axvline(0, color="black", linestyle=":", linewidth=1)
-            axis.set_xlabel("NDCG@3 minus that of DPO, points")
-            axis.set_title(f"{data}, {kind} candidates, {one['seeds']} seeds", fontsize=9)
-        axes[0].set_yticks(y, names, fontsize=8)
-        stem = path.stem.replace("results", "ablation")
-        written += save(figure, path.with_name(f"{stem}-{data}.png"))
-    return written
-
-
-def plot_noise(path: Path) -> list[Path]:
-    """The loss of a language model under HN-9 against σ_n.
+def draw_noise(name: str, stored: Mapping[str, Any]) -> Figure:
+    """The loss of a language model under HN-9 against sigma_n.
 
     A line for each mode and choice of layers; the bar is a deviation over draws.
     """
-    stored = read_object(path)
-    figure, (axis,) = panels(1, 5, 3.4)
+    figure, (axis,) = panels(1, 5, 3.6)
     looks = zip(stored["curves"], STYLES * 9, MARKERS * 9, strict=False)
     for number, (curve, style, marker) in enumerate(looks):
         axis.errorbar(
             curve["sigma"], curve["mean"], curve["deviation"],
             linestyle=style, marker=marker, markersize=4, capsize=2,
             color="0.1" if number < len(STYLES) else "0.6", label=curve["name"])
-    axis.axhline(stored["clean"], color="black", linewidth=1)
+    axis.axhline(stored["clean"], color="black", linewidth=1, label="without noise")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_formatter(ScalarFormatter())
     axis.set_xlabel("σ_n")
-    axis.set_ylabel("nats a token; the line is without noise")
+    axis.set_ylabel("loss of the noisy model, nats a token")
     axis.legend(fontsize=7)
-    return save(figure, path.parent / "noise.png")
+    figure.suptitle(name)
+    return figure
