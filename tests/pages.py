@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 
 import pytest
 from docstring_names import ROOT, House
@@ -40,6 +41,7 @@ OF_A_LANGUAGE = re.compile(r"^```\w+\n.*?^```$", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"(?<![\w/.-])hanorec(?:\.\w+)+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 MOST_TO_READ = 700
+MOST_COLUMNS = 8
 
 
 def spans(text):
@@ -162,6 +164,16 @@ def wrong_names(text):
         wrong += [name for name in names if not HOUSE.leads_somewhere(name)]
         wrong += unknown(FLAG.findall(span), known)
     return wrong
+
+
+def wide_tables(text):
+    """The first lines of tables of more columns than a page has room for."""
+    lines, wide = FENCED.sub("", text).splitlines(), []
+    for head, rule in pairwise(lines):
+        if re.fullmatch(r"[\s|:-]*-[\s|:-]*", rule) and "|" in rule:
+            columns = len(re.split(r"(?<!\\)\|", head.strip().strip("|")))
+            wide += [head] if columns > MOST_COLUMNS else []
+    return wide
 
 
 def wrong_reading(text):

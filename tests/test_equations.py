@@ -242,3 +242,54 @@ def test_the_checks_can_fail():
     expected = [("gap", "ranked"), ("kl_coef", ""), ("control", "reversed|permuted")]
     assert options(text) == expected
     assert "gap" in settings(config.DpoConfig) and "gaps" not in settings(config.DpoConfig)
+
+
+# ---- docs/glossary.md ----
+
+GREEK = {
+    "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "eta": "η",
+    "theta": "θ", "lambda": "λ", "mu": "μ", "pi": "π", "rho": "ρ", "sigma": "σ", "tau": "τ",
+    "Delta": "Δ", "Theta": "Θ",
+}
+
+
+def glossary() -> list[tuple[str, str, str]]:
+    """(symbols, ID, name in code) of every row."""
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| .*\| ([A-Z]+-\d+) \| `([\w.]+)` \|$", text, re.MULTILINE)
+    heads = len(re.findall(r"^\|---", text, re.MULTILINE))
+    assert len(rows) + 2 * heads == len(re.findall(r"^\|", text, re.MULTILINE))
+    return rows
+
+
+@pytest.mark.parametrize("row", glossary(), ids=lambda row: f"{row[0]}-{row[1]}")
+def test_each_symbol_has_an_equation_and_a_name_in_the_code(row):
+    _, equation, name = row
+    assert equation in IDS
+    symbol(name)
+
+
+def unexplained(formulas: dict[str, str], rows: list[tuple[str, str, str]]) -> list[str]:
+    """Greek letters of a formula that no row explains: of both methods together, of a baseline its
+    own, but for σ and π, which are the same everywhere.
+    """
+    missing = []
+    for equation, formula in formulas.items():
+        known = {"σ", "π"}
+        for symbols, of, _ in rows:
+            if of == equation or (of_method(of) and of_method(equation)):
+                known |= set(symbols)
+        letters = [GREEK.get(macro, "σ") for macro in re.findall(r"\\([A-Za-z]+)", formula)]
+        missing += [f"{equation} {letter}" for letter in letters if letter not in known]
+    return missing
+
+
+def of_method(equation: str) -> bool:
+    return equation.partition("-")[0] in ("SFT", "DPO", "HN", "EV", "BR")
+
+
+def test_every_greek_letter_of_a_formula_is_in_the_glossary():
+    formulas = {name: re.search(r"\$\$(.+)\$\$", entry)[1] for name, entry in entries().items()}
+    assert unexplained(formulas, glossary()) == []
+    without = [row for row in glossary() if row[1] not in ("CL-4", "HN-7")]
+    assert unexplained(formulas, without) == ["HN-7 η", "HN-8 η", "CL-4 τ", "CL-4 τ"]

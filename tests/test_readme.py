@@ -30,6 +30,17 @@ def test_commands_paths_and_names_are_true(page):
     assert pages.wrong_names(text) == []
 
 
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_tables_have_room(page):
+    assert pages.wide_tables(pages.PAGES[page].read_text(encoding="utf-8")) == []
+
+
+def test_a_wide_table_would_be_noticed():
+    eight, nine = ("|".join("abcdefghi"[:n]) for n in (8, 9))
+    for head, wide in ((eight, []), (nine, [nine]), (f"| {nine} |", [f"| {nine} |"])):
+        assert pages.wide_tables(f"{head}\n---|---\n1|2\n") == wide
+
+
 def test_a_wrong_command_would_be_noticed():
     text = """\
 `python -m hanorec.plots OUT`, `python -m hanorec.datasets.{netflix,imdb} RAW OUT`, `python -m
