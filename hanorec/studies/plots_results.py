@@ -102,12 +102,16 @@ def _draw_difference(axis: Any, place: float, test: Mapping[str, Any] | None) ->
 
 
 def _caption(kind: str, one: Mapping[str, Any]) -> str:
-    """Candidate set, how many users and seeds, and the landmarks."""
+    """Candidate set, how many users and seeds, and the landmarks, two a line."""
     seeds = "1 seed" if one["seeds"] == 1 else f"{one['seeds']} seeds"
-    parts = [f"{kind} candidates, {one['users']} users, {seeds}"]
-    known = [row for row in LANDMARKS if row in one["rows"]]
-    marks = [f"{row} {percent(one['rows'][row]['values'][METRIC]):.1f}" for row in known]
-    return "\n".join([*parts, *(", ".join(marks[i : i + 2]) for i in range(0, len(marks), 2))])
+    lines = [f"{kind} candidates, {one['users']} users, {seeds}"]
+    marks = []
+    for row in LANDMARKS:
+        if row in one["rows"]:
+            marks.append(f"{row} {percent(one['rows'][row]['values'][METRIC]):.1f}")
+    for first in range(0, len(marks), 2):
+        lines.append(", ".join(marks[first : first + 2]))
+    return "\n".join(lines)
 
 
 def draw_similarity(name: str, policies: Mapping[str, Mapping[str, list[float]]]) -> Figure:

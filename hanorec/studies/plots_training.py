@@ -92,7 +92,7 @@ def draw_panels(
     records: Records, shown: Sequence[Panel], title: str, x: str, x_label: str,
 ) -> Figure:
     """The panels of which the log has a line that is not constant, in two rows if over three."""
-    shown = [panel for panel in shown if any(moves(records, line) for line in panel.lines)]
+    shown = [panel for panel in shown if moves(records, panel)]
     columns = len(shown) if len(shown) <= 3 else -(-len(shown) // 2)
     figure, axes = panels(len(shown), 3.4, 2.6, columns)
     places = [record[x] for record in records]
@@ -126,7 +126,11 @@ def logged(records: Records, name: str) -> list[float]:
     return [] if None in values else values
 
 
-def moves(records: Records, name: str) -> bool:
-    """Whether the log has this column and it, or its band, changes; a single step always does."""
-    found = [logged(records, column) for column in (name, f"{name}_min", f"{name}_max")]
-    return any(column and (len(column) == 1 or np.ptp(column) > 1e-9) for column in found)
+def moves(records: Records, panel: Panel) -> bool:
+    """Whether a line of the panel, or its band, changes; that of a single step always does."""
+    for line in panel.lines:
+        for column in (line, f"{line}_min", f"{line}_max"):
+            values = logged(records, column)
+            if values and (len(values) == 1 or np.ptp(values) > 1e-9):
+                return True
+    return False
