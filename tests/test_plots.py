@@ -180,6 +180,22 @@ def test_the_curves_have_what_to_hold_them_to(tmp_path):
     assert math.log(2) not in [line.get_ydata()[0] for axis in drawn.axes for line in axis.lines]
 
 
+def test_the_branches_of_brmrs(tmp_path):
+    """Four panels in two rows; of one modality alone, whose recall stays where it is, one."""
+    both = {"Recall@20_t": 0.1, "win": 0.5, "gap_f": 1, "gap_t": 2, "unique_t": 0.2}
+    for known, count in (({}, 1), (both, 4)):
+        lines = []
+        for epoch in range(2):
+            one = {"epoch": epoch, "valid_Recall@20": 0.3}
+            one |= {f"valid_{name}": value + epoch / 10 for name, value in known.items()}
+            lines.append(json.dumps(one))
+        (tmp_path / "log.jsonl").write_text("\n".join(lines))
+        drawn = plots.figures(tmp_path / "log.jsonl")["curves.png"]
+        assert len(drawn.axes) == count
+    assert len(drawn.axes[0].get_legend().get_texts()) == 2
+    assert {axis.get_subplotspec().rowspan.start for axis in drawn.axes} == {0, 1}
+
+
 def test_pairs_are_drawn_at_their_beta(tmp_path):
     """Two pairs, lambda 0.5 and 1, eta 1 and beta0 0.1: a dot at half the height of beta0's line,
     and one on it.

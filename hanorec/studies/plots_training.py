@@ -91,8 +91,8 @@ def draw_brmrs(records: Records, name: str) -> Figure:
 def draw_panels(
     records: Records, shown: Sequence[Panel], title: str, x: str, x_label: str,
 ) -> Figure:
-    """The panels of which the log has a line that is not constant, in two rows if over three."""
-    shown = [panel for panel in shown if moves(records, panel)]
+    """The first panel, and those with a line that is not constant; in two rows if over three."""
+    shown = [shown[0], *(panel for panel in shown[1:] if moves(records, panel))]
     columns = len(shown) if len(shown) <= 3 else -(-len(shown) // 2)
     figure, axes = panels(len(shown), 3.4, 2.6, columns)
     places = [record[x] for record in records]
