@@ -2,8 +2,8 @@
 python benchmarks/scale.py
 
 GPU hours are operations over the rates that one H100 reached at 3B and 529e433 (RATES, and the
-Top-K's); where there is none, over 40% of its 989 TFLOP/s in bfloat16, an assumption. P = weights of
-the language model's layers, T = tokens of a row, N = items, U = users, d = width.
+Top-K's); where there is none, over 40% of its 989 TFLOP/s in bfloat16, an assumption. P = weights
+of the language model's layers, T = tokens of a row, N = items, U = users, d = width.
 """
 
 import itertools
