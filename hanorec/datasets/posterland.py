@@ -1,6 +1,6 @@
 r"""Posterland: a generated catalogue whose truth is known, for teaching, the demo and the tests.
 
-    python -m hanorec.datasets.posterland OUT [--users N] [--seed N]
+    python -m hanorec.datasets.posterland OUT [--users N] [--seed N] [--cold SHARE]
 
 294 films, 6 in each of 7 genres x 7 styles. The poster shows both (background = genre, pattern =
 style). The title does so too, in words of its own for each genre and style, but 30% of the titles
@@ -11,6 +11,9 @@ A user has one favourite genre g and one favourite style s. Each next film is ne
 with probability 0.7, from the cell (g, s), 0.15 of genre g in another style, 0.15 of style s in
 another genre; within that, by popularity. So neither genre nor style alone, and neither titles nor
 posters alone, suffice.
+
+With --cold, a share of each cell's films comes out after the training period: nobody has them in
+train.tsv, and in val.tsv and test.tsv everybody can.
 
 truth.json holds what was drawn, for the oracle row of the demo.
 """
@@ -51,6 +54,7 @@ NEUTRAL = (  # first and second words of ambiguous titles
 )  # fmt: skip
 PER_CELL = 6  # films
 AMBIGUOUS, NOISY = 0.3, 0.1  # shares of the films
+MOST_COLD = 0.5
 
 
 def words() -> list[str]:
@@ -126,16 +130,27 @@ def next_probabilities(items: list[dict], genre: int, style: int, seen: set[int]
     return p / p.sum()
 
 
+def cold_rows(seed: int, share: float) -> set[int]:
+    """The rows of the films that come out late: a share of each cell, at random, rounded."""
+    rng = np.random.default_rng([seed, 3])
+    rows: set[int] = set()
+    for cell in range(len(GENRES) * len(STYLES)):
+        late = rng.permutation(PER_CELL)[: round(share * PER_CELL)]
+        rows.update((cell * PER_CELL + late).tolist())
+    return rows
+
+
 def make_posterland(
     out: Path,
     users: int = 900,
     length: int = 7,
     seed: int = 2025,
     ambiguous: float = AMBIGUOUS,
+    cold: float = 0.0,
 ) -> None:
     """Write the data set in the native layout, with dataset.json and truth.json."""
     out = Path(out)
-    items = make_items(seed, ambiguous)
+    items, late = make_items(seed, ambiguous), cold_rows(seed, cold)
     rng = np.random.default_rng([seed, 2])
     (out / "images").mkdir(parents=True, exist_ok=True)
     for item in items:
@@ -150,8 +165,9 @@ def make_posterland(
         genre, style = int(rng.integers(len(GENRES))), int(rng.integers(len(STYLES)))
         tastes[str(user)] = [genre, style]
         sequence: list[int] = []
-        for _ in range(length):
-            p = next_probabilities(items, genre, style, set(sequence))
+        for place in range(length):
+            out_later = late if place < length - 2 else set()
+            p = next_probabilities(items, genre, style, out_later.union(sequence))
             sequence.append(int(rng.choice(len(items), p=p)))
         ids = [items[i]["id"] for i in sequence]
         for split, part in (("train", ids[:-2]), ("val", ids[-2:-1]), ("test", ids[-1:])):
@@ -159,12 +175,14 @@ def make_posterland(
     for split, text in lines.items():
         (out / f"{split}.tsv").write_text("".join(text), encoding="utf-8")
 
-    write_json(out / "truth.json", {"items": items, "tastes": tastes})
+    truth = {"items": items, "tastes": tastes, "cold": [items[row]["id"] for row in sorted(late)]}
+    write_json(out / "truth.json", truth)
     facts = {
         "name": "Posterland",
         "source": "generated",
         "covers": "drawn",
         "seed": seed,
+        "cold": cold,
         "users": users,
         "items": len(items),
         "interactions": users * length,
@@ -179,10 +197,19 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--users", type=int, default=900)
     parser.add_argument("--seed", type=int, default=2025)
+    parser.add_argument(
+        "--cold", type=float, default=0.0, metavar="SHARE",
+        help="of each cell's films, that nobody has in training: 0 .. 0.5",
+    )
     args = parser.parse_args()
     if args.users < 1:
         raise InputError(f"--users {args.users}: expected at least 1")
-    make_posterland(claim_folder(args.out), args.users, seed=args.seed)
+    if not 0 <= args.cold <= MOST_COLD:
+        raise InputError(
+            f"--cold {args.cold}: expected 0 .. {MOST_COLD}, since training needs some films of "
+            "each cell"
+        )
+    make_posterland(claim_folder(args.out), args.users, seed=args.seed, cold=args.cold)
     print(f"wrote {args.out}: {args.users} users, {len(make_items(args.seed))} items")
 
 
