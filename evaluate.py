@@ -37,7 +37,7 @@ from hanorec.mllm.written import compare_written
 from hanorec.ranking.candidate_sets import frozen_sets, held_out, list_sets
 from hanorec.ranking.report import Scores, compare_sets
 from hanorec.ranking.reranking import rerank
-from hanorec.ranking.retriever import retrieved
+from hanorec.ranking.retrieving import retrieved
 from hanorec.run.inputs import check_evaluation, evaluation_inputs
 from hanorec.run.record import close_run, compare_settings, prompt_settings
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         embedding = f"input embeddings of {'titles, ' * (data.images == 'none')}{backbone.path}"
         sets = frozen_sets(held, data, config, near, embedding)
     else:
-        examples, places, retrieval = retrieved(held, config)
+        examples, places, found, retrieval = retrieved(held, config)
         sets = {"retrieved": examples}
     shown = evaluation.shown_pictures(pictures(), data.images, config.seed)
     builder = PromptBuilder(backbone, held.catalog, shown, data)
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif config.retriever is not None:
         scores, seconds = score_all(builder, sets, policies, config.batch)
         seconds = {"retrieval": retrieval, **seconds}
-        report |= rerank(held, examples, places, scores["retrieved"], seconds, config.seed)
+        report |= rerank(held, examples, places, found, scores["retrieved"], seconds, config)
     else:
         if config.similarity:
             evaluation.check_images(builder)

@@ -24,7 +24,7 @@ IDS = [
     *(f"EV-{n}" for n in range(1, 5)), *(f"BR-{n}" for n in range(1, 7)),
     "LG-1", "LG-2", "SAS-1", "SAS-2", "SAS-3", "GR-1", "CA-1", "BE-1",
     *(f"CL-{n}" for n in range(1, 6)), "TR-1", *(f"LL-{n}" for n in range(1, 4)),
-    "SP-1", "SP-2", "MS-1", "MS-2", "MR-1", "MR-2", "RC-1",
+    "SP-1", "SP-2", "MS-1", "MS-2", "MR-1", "MR-2", "RC-1", "RC-2",
 ]
 # Of the equations of other methods than HaNoRec's.
 OWN_SETTINGS = {"BR": BrmrsConfig, "LG": MatrixConfig}

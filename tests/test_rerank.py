@@ -13,12 +13,14 @@ import toy
 
 import evaluate
 import train_brmrs
+from hanorec.base.config import EvalConfig
 from hanorec.base.errors import InputError
 from hanorec.datasets.catalog import Catalog
 from hanorec.datasets.interactions import Example, load_interactions
 from hanorec.ranking.candidate_sets import HeldOut
 from hanorec.ranking.reranking import places_by_score, rerank, rerank_report, target_places
-from hanorec.ranking.retriever import Retriever, load_retriever, retrieve
+from hanorec.ranking.retriever import Retriever, load_retriever
+from hanorec.ranking.retrieving import retrieve
 from hanorec.ranking.sampler import Seen
 
 SMALL = ["--epochs", 3, "--dim", 8, "--batch", 64]
@@ -147,7 +149,7 @@ def test_equal_titles_are_told(tmp_path, capsys):
     scores, seconds = {"policy": {"sum": np.zeros((1, 2))}}, {"retrieval": 1.0, "policy": 1.0}
     for titles, said in (("PQRST", False), ("PQRRT", True)):
         held = HeldOut(replace(catalog, titles=tuple(titles)), None, examples, {"a"})
-        rerank(held, examples, before, scores, seconds, seed=0)
+        rerank(held, examples, before, before, scores, seconds, EvalConfig("", seed=0))
         note = "1 of 1 users have retrieved items of one title"
         assert (note in capsys.readouterr().out) == said
 

@@ -22,11 +22,12 @@ from hanorec.base.config import DataConfig, EvalConfig
 from hanorec.base.errors import InputError
 from hanorec.baselines import matrix_training, sequence_training, vector_run
 from hanorec.baselines.config import MatrixConfig, SequenceConfig
-from hanorec.baselines.vectors import candidate_scores, load_targets, padded
+from hanorec.baselines.vectors import load_targets, padded
 from hanorec.datasets.catalog import load_catalog
 from hanorec.datasets.interactions import heldout_examples, load_interactions
 from hanorec.ranking.candidate_sets import frozen_sets, held_out
-from hanorec.ranking.retriever import load_retriever, retrieve
+from hanorec.ranking.retriever import load_retriever
+from hanorec.ranking.retrieving import candidate_scores, retrieve
 from hanorec.run import epochs
 
 CPU = torch.device("cpu")

@@ -128,9 +128,16 @@ class TrainConfig:
         "ours: the last 3 items of a training sequence are targets, a row each (authors' release: "
         "one answer of three titles); 0 = all but the first",
     )
-    draw: Literal["random", "hard"] = option(
+    draw: Literal["random", "hard", "retrieved"] = option(
         "random",
-        "document: random negatives; hard (ours): from the positive's neighbourhood",
+        "document: random negatives; hard (ours): from the positive's neighbourhood; retrieved "
+        "(ours): the best that --retriever finds, as when it reranks",
+    )
+    retriever: str | None = option(
+        None,
+        "ours: whose lists --draw retrieved trains on: finished --out folder of train_brmrs.py or "
+        "of a recommender of hanorec.baselines, trained with --hold-out of at least "
+        "--targets-per-user",
     )
     lora_rank: int = option(8, "document")
     lora_alpha: float = option(32.0, "authors' release")
@@ -175,6 +182,16 @@ class TrainConfig:
         check(self, targets_per_user=0, lora_rank=1, lora_alpha=TINY, lora_dropout=0, seed=0)
         check(self, learning_rate=TINY, epochs=1, micro_batch=1, accumulation=1, clip=TINY)
         check(self, save_every=1)
+        if (self.draw == "retrieved") != (self.retriever is not None):
+            raise InputError(
+                f"--draw {self.draw} with --retriever {self.retriever}: expected --draw retrieved "
+                "and a folder, or neither; give both"
+            )
+        if self.retriever is not None and not self.targets_per_user:
+            raise InputError(
+                "--targets-per-user 0 with --draw retrieved: expected at least 1, since a "
+                "retriever that knows none of the targets would know nothing; say how many"
+            )
         if self.lora_dropout >= 1:
             raise InputError(f"--lora-dropout {self.lora_dropout}: expected less than 1")
         for epoch in self.keep_epochs:
@@ -348,7 +365,16 @@ class EvalConfig:
         "recommender of hanorec.baselines: rerank what it retrieves from the whole catalogue, "
         "instead of candidate sets",
     )
-    top_n: int = option(20, "ours: N, how many items are retrieved")
+    top_n: int = option(
+        20,
+        "ours: N, how many items are retrieved; a policy of --draw retrieved was trained on as "
+        "many as its --candidates",
+    )
+    fuse: float | None = option(
+        None,
+        "ours: w of RC-2, a policy's order is by its score and w times the retriever's; none = by "
+        "its own alone",
+    )
     user: str | None = option(
         None,
         "print, instead of metrics, a ranked list of this user's candidates for each held-out "
@@ -362,4 +388,4 @@ class EvalConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self, batch=1, seed=0, top_n=1, top_k=1)
+        check(self, batch=1, seed=0, top_n=1, top_k=1, fuse=0)

@@ -21,6 +21,14 @@ class VectorFiles:
         "with"
     )
     device: str = option("auto", "ours: cuda if there is one, else cpu")
+    hold_out: int = option(
+        0,
+        "ours: N, each user's last items of train.tsv, which are not learnt from, so that "
+        "train_sft.py and train_dpo.py can be trained on what is retrieved before them",
+    )
+
+    def __post_init__(self) -> None:
+        check(self, hold_out=0)
 
 
 @dataclass(frozen=True)

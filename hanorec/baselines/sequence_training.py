@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(files: VectorFiles, config: SequenceConfig) -> None:
     run = VectorRun(files, config, config.history or config.length)
-    rows, sequences = training_sequences(run.data, config)
+    rows, sequences = training_sequences(run.learnt, config)
     users = torch.tensor(rows, device=run.device)
     model = new_model(config, run.n_users, run.n_items).to(run.device)
     optimizer = torch.optim.Adam(

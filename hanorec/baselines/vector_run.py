@@ -7,11 +7,13 @@ Folder, data, validation by full ranking, result; what its epochs share with oth
     OUT/log.jsonl, run.json                        a line an epoch; settings, hash of the data
     OUT/model.safetensors, model.json              the best epoch's weights
     OUT/val, OUT/test                              states of held-out items, for
-                                                   `hanorec.ranking.retriever`
+                                                   `hanorec.ranking.retriever`; with --hold-out N
+    OUT/train                                      of each user's last N training items, too
     OUT/metrics.json                               full ranking; written last: the run is finished
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from hanorec.base.lock import unlock_folder
 from hanorec.baselines.config import VectorFiles
 from hanorec.baselines.vectors import Targets, Vectors, evaluate, load_targets, write_vectors
 from hanorec.datasets.catalog import data_hash, load_catalog
-from hanorec.datasets.interactions import load_interactions
+from hanorec.datasets.interactions import load_interactions, without_last
 from hanorec.ranking.result import write_metrics, write_model
 from hanorec.run.checkpoint import drop_checkpoints
 from hanorec.run.epochs import Epochs
@@ -55,12 +57,16 @@ class VectorRun:
         self.catalog = load_catalog(files.data)
         self.data = load_interactions(files.data, self.catalog)
         self.n_users, self.n_items = len(self.data.train), len(self.catalog.ids)
+        self.learnt = without_last(self.data, files.hold_out)
         self.users, self.items = self._train_pairs()  # (E,) each, every pair once
         self.targets = {}
         for split in ("val", "test"):
             self.targets[split] = load_targets(
                 self.data, self.n_items, split, length, self.device
             )
+        if files.hold_out:
+            left_out = load_targets(self.learnt, self.n_items, "val", length, self.device)
+            self.targets["train"] = replace(left_out, split="train")
         self.loop = Epochs(self.out, config, self.device, METRIC, config.every)
         self.batches, self.update = self.loop.batches, self.loop.update
         self.generator = self.loop.generator
@@ -96,7 +102,8 @@ class VectorRun:
         for split, targets in self.targets.items():
             vectors = self.vectors(targets)
             found[split] = evaluate(vectors, targets)
-            write_vectors(self.out / split, vectors, targets, self.catalog)
+            hold_out = self.files.hold_out
+            write_vectors(self.out / split, vectors, targets, self.catalog, hold_out)
         best, epochs = self.loop.best, self.loop.epoch
         write_model(self.out, best, METRIC, self.config)
         names = [example.user for example in self.targets["test"].examples]
@@ -112,7 +119,7 @@ class VectorRun:
     def _train_pairs(self) -> Tensor:
         """(2, E), each pair once. InputError for a user who has every item."""
         every = []
-        for row, (user, items) in enumerate(self.data.train.items()):
+        for row, (user, items) in enumerate(self.learnt.train.items()):
             own = dict.fromkeys(items)
             if len(own) == self.n_items:
                 raise InputError(
@@ -120,7 +127,7 @@ class VectorRun:
                     "expected at least one that can be a negative; leave that user out"
                 )
             every += [(row, item) for item in own]
-        repeats = sum(map(len, self.data.train.values())) - len(every)
+        repeats = sum(map(len, self.learnt.train.values())) - len(every)
         if repeats:
             print(f"note: {repeats} train pairs repeat; as a pair each counts once")
         return torch.tensor(every, device=self.device).T

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +19,6 @@ from hanorec.datasets.catalog import Catalog, data_hash
 from hanorec.datasets.interactions import Example, Interactions, heldout_examples
 from hanorec.ranking.full_ranking import target_ranks, user_rows
 from hanorec.ranking.result import Evaluation, write_retriever
-from hanorec.ranking.retriever import Retriever, retriever_rows
 from hanorec.ranking.sampler import Seen
 
 KS = (10, 20)
@@ -133,8 +131,13 @@ def evaluate(vectors: Vectors, targets: Targets) -> Evaluation:
     return {name: float(values.mean()) for name, values in rows.items()}, numbers, rows
 
 
-def write_vectors(out: Path, vectors: Vectors, targets: Targets, catalog: Catalog) -> None:
-    """The files of `hanorec.ranking.retriever`, for the examples of one split."""
+def write_vectors(
+    out: Path, vectors: Vectors, targets: Targets, catalog: Catalog, hold_out: int = 0
+) -> None:
+    """The files of `hanorec.ranking.retriever`, for the examples of one split.
+
+    hold_out: how many of each user's last training items were not learnt from.
+    """
     train = torch.stack([targets.seen.user, targets.seen.item])  # (2, E)
     write_retriever(
         out,
@@ -144,16 +147,5 @@ def write_vectors(out: Path, vectors: Vectors, targets: Targets, catalog: Catalo
         split=targets.split,
         targets=[catalog.ids[example.target] for example in targets.examples],
         data=data_hash(catalog),
+        hold_out=hold_out,
     )
-
-
-def candidate_scores(
-    retriever: Retriever, catalog: Catalog, examples: Sequence[Example]
-) -> np.ndarray:
-    """The score of each candidate, never rounded: examples with equally many -> (U, C) float64.
-
-    InputError where the retriever has no state for one of the examples.
-    """
-    user = retriever.user[retriever_rows(retriever, catalog, examples)]  # (U, d)
-    item = retriever.item[torch.tensor([example.candidates for example in examples])]  # (U, C, d)
-    return torch.einsum("ud,ucd->uc", user.double(), item.double()).numpy()

@@ -173,6 +173,20 @@ def heldout_examples(data: Interactions, split: str, history: int = 5) -> list[E
     return examples
 
 
+def without_last(data: Interactions, count: int) -> Interactions:
+    """The training items but for each user's last `count`, which are `val`; nobody has a test item.
+
+    Everybody keeps at least one item. So `val` holds the targets of `training_examples`.
+    """
+    cut, last = {}, {}
+    for user, rows in data.train.items():
+        first = max(1, len(rows) - count)
+        cut[user] = rows[:first]
+        if rows[first:]:
+            last[user] = rows[first:]
+    return Interactions(cut, last, {})
+
+
 def check_some(directory: str | Path, examples: Sequence[Example], users: Collection[str]) -> None:
     """InputError where these users give no training example."""
     if not examples:

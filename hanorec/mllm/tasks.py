@@ -31,6 +31,7 @@ from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.features import stored_pictures
 from hanorec.mllm.items import encode_pictures, item_embeddings, neighbors
 from hanorec.mllm.prompts import Row
+from hanorec.ranking.cut import draw_retrieved, load_cut
 
 # ---- what both stages start from ----
 
@@ -59,6 +60,12 @@ def load_examples(
     builder = PromptBuilder(backbone, catalog, {}, data)
     if config.draw == "random":
         examples = draw_candidates(examples, builder.shown, negatives, config.seed)
+    if config.draw == "retrieved":
+        retriever = load_cut(config.retriever, config.targets_per_user)
+        trained = set().union(*interactions.train.values())
+        examples = draw_retrieved(
+            examples, retriever, builder.shown, trained, negatives, config.seed
+        )
     builder.pictures.update(load_pictures(backbone, catalog, data))
     if config.draw == "hard":
         near = near_items(builder).cpu().numpy()

@@ -4,6 +4,7 @@ What is left out is said aloud. In a native folder the features are what a check
 items: H of the title, X of the image (HN-1).
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hanorec.base.config_brmrs import BrmrsFiles
 from hanorec.base.distributed import all_reduce, rank, run_on_all_ranks
 from hanorec.base.errors import InputError
 from hanorec.datasets.catalog import Catalog, load_catalog
-from hanorec.datasets.interactions import Interactions, load_interactions
+from hanorec.datasets.interactions import Interactions, load_interactions, without_last
 from hanorec.datasets.mmrec import FEATURES, SPLITS, RankingData, read_mmrec, write_mmrec
 from hanorec.hars import mean_pool
 from hanorec.mllm.items import encode, item_embeddings, own_rows
@@ -73,6 +74,11 @@ def _read_either(files: BrmrsFiles) -> RankingData:
             f"--model {files.model}: {folder} has no train.tsv, so it is not in the native layout, "
             f"and its features come from {' and '.join(FEATURES.values())}; leave --model out"
         )
+    if files.hold_out:
+        raise InputError(
+            f"--hold-out {files.hold_out}: {folder} has no train.tsv, so it does not say in which "
+            "order a user had the items, expected the native layout; leave --hold-out out"
+        )
     return read_mmrec(folder)
 
 
@@ -124,6 +130,9 @@ def read_native(files: BrmrsFiles) -> RankingData:
     catalog = load_catalog(files.data)
     interactions = load_interactions(files.data, catalog)
     pairs = _native_pairs(interactions)
+    if files.hold_out:
+        cut = without_last(interactions, files.hold_out)
+        pairs["train"] = _columns(_pairs(cut.train, interactions))
     features = _native_features(files, catalog)
     users = tuple(interactions.train)
     return RankingData(catalog.name, users, catalog.ids, **pairs, features=features)
@@ -134,14 +143,11 @@ def _native_pairs(interactions: Interactions) -> dict[str, Tensor]:
 
     A held-out item that its user had before is masked in the ranking, so it is left out.
     """
-    user_row = {user: row for row, user in enumerate(interactions.train)}
     sequences = (interactions.train, interactions.val, interactions.test)
     seen: set[tuple[int, int]] = set()
     pairs = {}
     for split, of_split in zip(SPLITS, sequences, strict=True):
-        every = []
-        for user, items in of_split.items():
-            every += [(user_row[user], item) for item in items]
+        every = _pairs(of_split, interactions)
         new = [pair for pair in dict.fromkeys(every) if pair not in seen]
         if len(new) < len(every):
             print(
@@ -149,8 +155,25 @@ def _native_pairs(interactions: Interactions) -> dict[str, Tensor]:
                 "left out: the user had the item before"
             )
         seen.update(new)
-        pairs[split] = torch.tensor(new, dtype=torch.int64).reshape(-1, 2).T.contiguous()
+        pairs[split] = _columns(new)
     return pairs
+
+
+def _pairs(
+    of_split: Mapping[str, Sequence[int]], interactions: Interactions
+) -> list[tuple[int, int]]:
+    """User and item of every interaction."""
+    user_row = {user: row for row, user in enumerate(interactions.train)}
+    every = []
+    for user, items in of_split.items():
+        every += [(user_row[user], item) for item in items]
+    return every
+
+
+def _columns(pairs: Iterable[tuple[int, int]]) -> Tensor:
+    """(2, E) of the pairs, each once."""
+    once = list(dict.fromkeys(pairs))
+    return torch.tensor(once, dtype=torch.int64).reshape(-1, 2).T.contiguous()
 
 
 def _native_features(files: BrmrsFiles, catalog: Catalog) -> dict[str, Tensor]:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from hanorec.base.config import EvalConfig
 from hanorec.datasets.interactions import Example
 from hanorec.metrics import bootstrap_interval, ndcg_rows, paired_test, shown_test
 from hanorec.ranking.candidate_sets import HeldOut
+from hanorec.ranking.fusion import fuse_scores
 
 KS = (1, 3, 5, 10, 20, 50)
 
@@ -47,21 +49,31 @@ def rerank(
     held: HeldOut,
     examples: Sequence[Example],
     places: np.ndarray,
+    found: np.ndarray,
     scores: Mapping[str, Mapping[str, np.ndarray]],
     seconds: Mapping[str, float],
-    seed: int,
+    config: EvalConfig,
 ) -> dict[str, Any]:
     """The report of a reranking, printed and returned: every order, and what each stage costs.
 
     Args:
-        examples, places: of `hanorec.ranking.retriever.retrieved`; some may share a title.
+        examples, places, found: of `hanorec.ranking.retrieving.retrieved`, the last one its scores
+            (T, N); some may share a title.
         scores: policy -> {"sum": (T, N)}.
         seconds: "retrieval" and each policy -> what all examples took together.
+        config: its seed, and w of RC-2 where it has one.
     """
     sums = {policy: of_policy["sum"] for policy, of_policy in scores.items()}
-    report = rerank_report(examples, places, sums, seed)
+    ordering = sums
+    if config.fuse is not None:
+        ordering = {policy: fuse_scores(s, found, config.fuse) for policy, s in sums.items()}
+        print(f"each policy's order is by RC-2, the retriever's score with w = {config.fuse:g}")
+    report = rerank_report(examples, places, ordering, config.seed)
     report["seconds_per_user"] = {stage: s / len(examples) for stage, s in seconds.items()}
     report["users"] = _retrieved_items(examples, places, held.catalog.ids)
+    report["scores"] = {"retriever": _in_order(examples, places, found)}
+    for policy, of_policy in sums.items():
+        report["scores"][policy] = _in_order(examples, places, of_policy)
     print_report(report)
     _say_equal_titles(examples, held.catalog.titles)
     return report
@@ -149,10 +161,24 @@ def _retrieved_items(
     """Each user's target and retrieved items by id, in the retriever's order."""
     users = []
     for example, place in zip(examples, places, strict=True):
-        order = np.lexsort((example.candidates, place))  # of equal places the smaller row first
-        retrieved = [ids[example.candidates[i]] for i in order]
+        retrieved = [ids[example.candidates[i]] for i in _order(example, place)]
         users.append({"user": example.user, "target": ids[example.target], "retrieved": retrieved})
     return users
+
+
+def _in_order(
+    examples: Sequence[Example], places: np.ndarray, scores: np.ndarray
+) -> list[list[float]]:
+    """(T, N) scores of the candidates as they are, those of each user in the retriever's order."""
+    rows = []
+    for example, place, own in zip(examples, places, scores, strict=True):
+        rows.append(own[_order(example, place)].tolist())
+    return rows
+
+
+def _order(example: Example, place: np.ndarray) -> np.ndarray:
+    """The candidates as the retriever has them; of equal places the smaller row first."""
+    return np.lexsort((example.candidates, place))
 
 
 def print_report(report: Mapping[str, Any]) -> None:

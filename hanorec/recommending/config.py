@@ -35,6 +35,11 @@ class ListConfig:
         "document: items to choose from; so many are retrieved for the model to rank, and a "
         "retriever alone retrieves as many as a list has",
     )
+    fuse: float | None = option(
+        None,
+        "ours: w of RC-2, by which the order is that of the model's score and w times the "
+        "retriever's; none = of the model's alone",
+    )
     seen: Literal["leave-out", "keep"] = option(
         "leave-out", "ours: items that the user has had are not recommended, or are"
     )
@@ -55,7 +60,7 @@ class ListConfig:
     seed: int = option(2025, "ours: of the order in which a prompt lists the candidates")
 
     def __post_init__(self) -> None:
-        check(self, top_n=1, history_length=1, batch=1, seed=0)
+        check(self, top_n=1, fuse=0, history_length=1, batch=1, seed=0)
         if self.model is None and self.retriever is None:
             raise InputError(
                 "neither --model nor --retriever, expected at least one that can rank; add one"
@@ -64,6 +69,11 @@ class ListConfig:
             raise InputError(
                 f"--adapter {self.adapter} without --model: expected the base that it stands on; "
                 "add --model, or leave --adapter out"
+            )
+        if self.fuse is not None and (self.model is None or self.retriever is None):
+            raise InputError(
+                f"--fuse {self.fuse}: expected --model and --retriever, whose scores it adds up; "
+                "add them, or leave --fuse out"
             )
         if self.retriever is None and self.candidates is None:
             raise InputError(

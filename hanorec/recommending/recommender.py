@@ -24,6 +24,7 @@ from hanorec.datasets.catalog import data_hash, load_catalog
 from hanorec.datasets.interactions import Example, load_interactions
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.ranking.candidate_sets import policy_files
+from hanorec.ranking.fusion import fuse_scores
 from hanorec.recommending.config import ListConfig
 from hanorec.recommending.people import NOBODY, Person, item_rows, read_candidates, user_of
 from hanorec.recommending.policy import load_policy, policy_scores, trained_prompt
@@ -38,7 +39,7 @@ class Recommendation:
     rank: int  # from 1 = best
     item: str
     title: str
-    score: float  # EV-1, TR-1 for a binary policy, or the retriever's own; higher is better
+    score: float  # EV-1, TR-1 for a binary policy, RC-2, or the retriever's; higher is better
     retriever_rank: int | None  # from 1; None without a retriever
 
 
@@ -198,7 +199,8 @@ class Recommender:
     def _reordered(
         self, people: Sequence[Person], found: Sequence[Shortlist]
     ) -> list[Shortlist]:
-        """The shortlists by the policy's scores; of equal ones what the retriever puts first."""
+        """The shortlists by the policy's scores, with `--fuse` by RC-2; of equal ones what the
+        retriever puts first."""
         examples = []
         for person, shortlist in zip(people, found, strict=True):
             history = person.history[-self.builder.config.history :]
@@ -213,6 +215,8 @@ class Recommender:
         for example, shortlist, scores in zip(examples, found, every, strict=True):
             score = dict(zip(example.candidates, scores.tolist(), strict=True))
             own = [score[row] for row in shortlist.rows]
+            if self.config.fuse is not None:
+                own = fuse_scores(own, shortlist.scores, self.config.fuse).tolist()
             order = np.argsort(-np.array(own), kind="stable").tolist()
             ordered.append(Shortlist(
                 [shortlist.rows[i] for i in order],

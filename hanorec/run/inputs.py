@@ -18,6 +18,7 @@ from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.features import images_sha256
 from hanorec.mllm.prompts import Row
 from hanorec.ranking.candidate_sets import HeldOut, input_hashes
+from hanorec.ranking.cut import check_cut
 from hanorec.ranking.retriever import check_retriever
 from hanorec.run.reference import read_reference
 
@@ -26,8 +27,8 @@ from hanorec.run.reference import read_reference
 
 def check_training(configs: Sequence[Any]) -> None:
     """InputError where --sft is no adapter, --reference no file of reference log-probabilities,
-    --negatives no file that can be read, or --images is for evaluation alone, or settings do not go
-    together.
+    --negatives no file that can be read, --retriever one that has learnt from the targets, or
+    --images is for evaluation alone, or settings do not go together.
 
     configs: of a training script, of which some have these settings.
     """
@@ -41,6 +42,14 @@ def check_training(configs: Sequence[Any]) -> None:
             check_named_adapter("--sft", config.sft)
         if getattr(config, "reference", "once") != "once":
             read_reference(Path(config.reference))
+        if getattr(config, "draw", "random") == "retrieved":
+            check_cut(config.retriever, config.targets_per_user)
+            if configs[1].targets > 1:
+                raise InputError(
+                    f"--draw retrieved with --targets {configs[1].targets}: expected --targets 1, "
+                    "since a retriever has a state before one target, not before a list; or draw "
+                    "at random"
+                )
         if getattr(config, "negatives", "random") not in NEGATIVES:
             read_object(Path(config.negatives))
             if configs[1].targets > 1:
@@ -72,6 +81,11 @@ def check_evaluation(data: DataConfig, config: EvalConfig) -> None:
             check_named_adapter("--adapter", policy)
     if config.retriever is not None:
         check_retriever(config.retriever, config.split)
+    if config.fuse is not None and (config.retriever is None or config.user is not None):
+        raise InputError(
+            f"--fuse {config.fuse}: expected --retriever, whose scores it weighs, without --user; "
+            "for lists: python -m hanorec.recommend --fuse"
+        )
 
 
 def check_named_adapter(flag: str, folder: str) -> None:

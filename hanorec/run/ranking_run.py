@@ -110,7 +110,8 @@ class RankingRun:
         with torch.no_grad():
             emb = self.model.propagate()
         tensors = {"user": emb.user["f"], "item": emb.item["f"], "train": self.data.train}
-        write_retriever(self.out, tensors, users=self.data.users, items=self.data.items)
+        names = {"users": self.data.users, "items": self.data.items}
+        write_retriever(self.out, tensors, **names, hold_out=self.files.hold_out)
 
     def _write_record(self) -> None:
         """Not before all input has proved good."""

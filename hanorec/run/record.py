@@ -31,6 +31,9 @@ BEFORE_IN_RUNS = {
     "schedule": "cosine",
     "keep_epochs": [],
     "drop_last": False,
+    "retriever": None,
+    "hold_out": 0,
+    "fuse": None,
     **{field.name: field.default for field in fields(StepConfig)},
 }
 

@@ -25,10 +25,10 @@ FLOORS = [
         "the equations of both methods, a file an idea",
     ),
     ("datasets", ["hanorec/datasets"], "items, histories, candidates; a converter for each source"),
+    ("ranking", ["hanorec/ranking"], "ranking the whole catalogue, and reranking"),
     ("lora", ["hanorec/lora"], "adapters as files"),
     ("mllm", ["hanorec/mllm"], "the language models that see, their prompts, image features"),
-    ("ranking", ["hanorec/ranking"], "ranking the whole catalogue, and reranking"),
-    ("brmrs", ["hanorec/brmrs"], "the model of BR-MRS"),
+    ("brmrs", ["hanorec/brmrs", "hanorec/ranking/pairs.py"], "the model of BR-MRS, its data"),
     ("run", ["hanorec/run"], "a training run: folder, log, checkpoints, reference"),
     ("baselines", ["hanorec/baselines"], "the systems that HaNoRec is compared with"),
     (
