@@ -154,7 +154,8 @@ def wrong_paths(text, folder=ROOT):
 def wrong_names(text):
     """Dotted names that lead from `hanorec` to nothing, and flags that nobody takes."""
     known = {f"--{flag}" for flag in HOUSE.flags} | {"--help", "--nproc-per-node"}
-    for command in ("hanorec.studies.ablation", "hanorec.baselines"):  # make some of their flags
+    makers = "hanorec.studies.ablation", "hanorec.studies.reranking", "hanorec.baselines"
+    for command in makers:  # make some of their flags
         known |= set(FLAG.findall(help_of(command)))
     for path in ROOT.glob("benchmarks/*.py"):
         known |= flags_of_script(f"benchmarks/{path.name}")

@@ -68,7 +68,7 @@ def compare_rows(
         if row != control and control in sets[0]:
             own = [one[row]["rows"]["NDCG@3"] for one in sets]
             other = [one[control]["rows"]["NDCG@3"] for one in sets]
-            rows[row]["against_control"] = _against(own, other, shared)
+            rows[row]["against_control"] = against(own, other, shared)
 
     count = len(users[0]) if shared else sum(len(of_seed) for of_seed in users)
     return {"users": count, "seeds": len(sets), "same_users": shared, "rows": rows}
@@ -94,7 +94,7 @@ def half_width(values: np.ndarray) -> float:
     return T_975[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5
 
 
-def _against(
+def against(
     own: Sequence[Sequence[float]], control: Sequence[Sequence[float]], shared: bool,
 ) -> dict[str, Any]:
     """A row against the control, each by seeds and users; shared: the users are the same."""
