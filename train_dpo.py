@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from hanorec.base import command
-from hanorec.base.batches import gather_batch, micro_batches
+from hanorec.base.batches import gather_batch, micro_batches, total
 from hanorec.base.config import DataConfig, DpoConfig, ModelConfig, TrainConfig
 from hanorec.base.config_steps import StepConfig
 from hanorec.base.settings import parse
@@ -93,7 +93,7 @@ def document_step(stage: Stage, batch: Sequence[int], step: int) -> Taken:
 
     # One draw of noise for the whole step: every forward and backward sees the same weights.
     policy.train()
-    noisy, loss_sum = [], 0.0
+    noisy, losses = [], []
     with lora_noise(policy, dpo.sigma_n, stage.noise, NOISES[dpo.noise]):  # HN-9
         for (part, weight), micro, ref in zip(parts, micros, refs, strict=True):
             logits = forward(builder.backbone, micro)  # HN-10: (b, L, V)
@@ -102,8 +102,8 @@ def document_step(stage: Stage, batch: Sequence[int], step: int) -> Taken:
             loss = dpo_loss(h, beta[part]).sum() * weight / lam[batch].numel()  # HN-11
             loss.backward()
             noisy.append(log_probs.detach())
-            loss_sum += loss.item()
-    return Taken(gather_batch(noisy, len(batch)), eta, beta[batch], loss_sum)
+            losses.append(loss.detach())
+    return Taken(gather_batch(noisy, len(batch)), eta, beta[batch], total(losses))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from hanorec.base import command
-from hanorec.base.batches import micro_batches
+from hanorec.base.batches import micro_batches, total
 from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
 from hanorec.base.settings import parse
 from hanorec.losses import sft_loss
@@ -44,7 +44,7 @@ def fit(run: Run, builder: PromptBuilder, rows: Sequence[Row]) -> None:
     policy.train()
     for step, epoch, batch in run.steps(plan, optimizer):
         tokens = sum(rows[i].answer_tokens for i in batch)
-        loss_sum = 0.0
+        losses = []
         for part, weight in micro_batches(batch, train.micro_batch):
             micro = builder.collate(rows, part)
             logits = forward(backbone, micro)  # (b, L, V)
@@ -52,8 +52,8 @@ def fit(run: Run, builder: PromptBuilder, rows: Sequence[Row]) -> None:
             # micro-batches and shares.
             loss = sft_loss(logits, micro.labels) * weight * len(micro.token) / tokens
             loss.backward()
-            loss_sum += loss.item()
-        (loss_sum,) = run.update([rows[i].name for i in batch], loss_sum)
+            losses.append(loss.detach())
+        (loss_sum,) = run.update([rows[i].name for i in batch], total(losses))
         run.log(step=step, epoch=epoch, loss=loss_sum)
     run.finish(policy, stage="sft")
 

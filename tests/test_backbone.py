@@ -22,7 +22,7 @@ from hanorec.base.errors import InputError
 from hanorec.datasets.images import read_image
 from hanorec.lora.layer import language_model
 from hanorec.mllm.attention import ATTENTION, use_segment_attention
-from hanorec.mllm.backbone import FAMILIES, hidden_states, image_features, prompt_positions
+from hanorec.mllm.backbone import FAMILIES, ImageFeatures, image_features, prompt_positions
 from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.load import load_backbone
@@ -216,18 +216,18 @@ def test_segments_equal_transformers_own_attention(backbone, catalog, gallery):
             )
 
 
-def test_hidden_states_counts_placeholders(backbone, catalog, gallery):
+def test_placeholders_are_counted(backbone, catalog, gallery):
     pictures = gallery[backbone.family]
-    batch = collate(backbone, [toy.ranking_row(backbone, catalog, pictures)], pictures)
+    row = toy.ranking_row(backbone, catalog, pictures)
+    batch = collate(backbone, [row], pictures)
     n = len(batch.pictures)
     assert int((batch.ids == backbone.image_token).sum()) == n
-    for wrong in (
-        batch.pictures[:-1], torch.cat([batch.pictures, batch.pictures[:1]]), batch.pictures[:0]
-    ):
-        with pytest.raises(
-            ValueError, match=f"{n} image placeholders, {len(wrong)} image features"
-        ):
-            hidden_states(backbone, batch.ids, batch.positions, batch.mask, wrong)
+    item = row.images[0]
+    own, grid = pictures[item]
+    for wrong in (own[:-1], torch.cat([own, own[:1]]), own[:0]):
+        found = n - len(own) + len(wrong)
+        with pytest.raises(ValueError, match=f"{n} image placeholders, {found} image features"):
+            collate(backbone, [row], {**pictures, item: ImageFeatures(wrong, grid)})
 
 
 def test_items_without_any_image(backbone, catalog, gallery):

@@ -77,6 +77,7 @@ def test_the_rest_of_an_epoch_is_left_out():
     (["--kept", "near"], "--kept near with --eta batch and --ablation full: expected --eta b"),
     (["--kept", "near", "--eta", "beta_dpo", "--ablation", "no_hars"], "an ablation with eta"),
     (["--noise-draw", "answer", "--checkpointing", "true"], "--noise-draw answer with --checkp"),
+    (["--noise-pass", "forward", "--compile", "true"], "--noise-pass forward with --compile true"),
     (["--alignment-coef", 1, "--images", "none"], "--alignment-coef 1.0 with --images none"),
     (["--alignment-coef", 1, "--shard", "true"], "--alignment-coef 1.0 with --shard"),
     (["--eta-over", "micro", "--micro-batch", 11, "--kept", "inner", "--ablation", "no_hars"],

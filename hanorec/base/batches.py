@@ -71,3 +71,12 @@ def gather_batch(found: Sequence[Tensor], n: int) -> Tensor:
     own = share(n)
     mine = torch.cat(list(found))[: own.stop - own.start]
     return all_gather(mine, n)
+
+
+def total(losses: Sequence[Tensor]) -> float:
+    """The sum of a step's losses, () each, read from the device once: whoever asks it for a number
+    waits until all before it is computed."""
+    found = 0.0
+    for loss in torch.stack(list(losses)).tolist():
+        found += loss
+    return found

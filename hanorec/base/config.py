@@ -172,6 +172,12 @@ class TrainConfig:
         "ours: the adapter as it is after these epochs is kept, too, in OUT/epoch-E",
     )
     checkpointing: bool = option(False, "ours: recompute activations in backward, to spare memory")
+    compile: bool = option(
+        False,
+        "ours: torch.compile makes one graph of each layer, the same but for rounding and faster "
+        "after slow first steps; wants a C++ compiler; experimental in bfloat16, where no GPU has "
+        "confirmed it",
+    )
     shard: bool = option(
         False,
         "ours: under torchrun, each process keeps a part of the base model's layers alone, for "
@@ -194,6 +200,11 @@ class TrainConfig:
             )
         if self.lora_dropout >= 1:
             raise InputError(f"--lora-dropout {self.lora_dropout}: expected less than 1")
+        if self.compile and self.shard:
+            raise InputError(
+                "--compile true with --shard true: expected one of the two, since layers that are "
+                "gathered before they compute are not made into graphs; leave one out"
+            )
         for epoch in self.keep_epochs:
             if not 1 <= epoch <= self.epochs:
                 raise InputError(

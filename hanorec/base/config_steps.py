@@ -78,6 +78,11 @@ class StepConfig:
                 "--noise-draw answer with --checkpointing: expected one of the two, since what "
                 "backward computes again would see the noise of the last answer alone"
             )
+        if self.noise_pass == "forward" and train.compile:
+            raise InputError(
+                "--noise-pass forward with --compile true: expected one of the two, since a graph "
+                "without noise keeps other tensors for backward than one with it; leave one out"
+            )
         if self.alignment_coef > 0 and data.images == "none":
             raise InputError(
                 f"--alignment-coef {self.alignment_coef} with --images none: expected images to "

@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
             A, B = A + self.noise[0], B + self.noise[1]
         # A frozen adapter is part of the reference, so it has no dropout.
         x = F.dropout(x, self.dropout, self.training and self.A.requires_grad)
-        return y + self.scale * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+        return y + F.linear(self.scale * F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
 def language_model(model: nn.Module) -> nn.Module:

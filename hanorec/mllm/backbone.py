@@ -9,12 +9,13 @@ preprocessed, which tokens surround it, and in positions (Qwen counts time, heig
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hanorec.base.errors import InputError, brief
 from hanorec.base.exhausted import is_exhausted
@@ -181,19 +182,13 @@ def hidden_states(
         ids: (B, T). positions: (R, B, T), R as in `prompt_positions`.
         mask: as in `hanorec.mllm.attention.segment_attention`; None: plainly causal, padding on the
             right.
-        pictures: (n, d), the features of all images in the order of their placeholders.
+        pictures: (n, d), the features of all images in the order of their placeholders, as many;
+            `hanorec.mllm.collate.collate` counts them, where no device has to be waited for.
     Returns:
         (B, T, d).
-    Raises:
-        ValueError: placeholders and features differ in number; they would silently shift.
     """
     x = backbone.model.get_input_embeddings()(ids)  # (B, T, d)
     here = ids == backbone.image_token  # (B, T)
-    if int(here.sum()) != len(pictures):
-        raise ValueError(
-            f"{int(here.sum())} image placeholders, {len(pictures)} image features: "
-            "expected as many"
-        )
     x = x.masked_scatter(here[..., None], pictures.to(x.device, x.dtype))
     positions = positions if len(positions) == 3 else positions[0]
     language = language_model(backbone.model)
@@ -207,8 +202,18 @@ def use_checkpointing(backbone: Backbone) -> None:
     Not by the reentrant variant: it would lose the noise of NoDO.
     """
     model = backbone.model
+    if is_compiled(model):
+        # Around the graph: within it torch would decide what is computed again, and how it draws.
+        for layer in language_model(model).layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        return
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None:  # its name before Transformers 5.23
         enable = model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.disable_input_require_grads()  # else the frozen embeddings would be given gradients
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the layers have a `forward` of their own, as --compile gives them one."""
+    return "forward" in vars(language_model(model).layers[0])

@@ -40,7 +40,10 @@ class Batch:
         moved = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor) and device.type == "cuda":
+                # From pinned memory the host need not wait: it collates on while the device works.
+                value = value.pin_memory().to(device, non_blocking=True)
+            moved[field.name] = value
         return Batch(**moved)
 
 
@@ -53,7 +56,8 @@ def collate(
     """Pack and pad rows.
 
     packed=False is the plain path, a row an answer: its prompt is computed once for each of them.
-    ValueError where the rows do not all have the same number of answers.
+    ValueError where the rows do not all have the same number of answers, or where placeholders and
+    features of images differ in number: these would silently shift.
     """
     counts = [len(row.answers) for row in rows]
     if len(set(counts)) != 1:
@@ -98,12 +102,18 @@ def collate(
                 where.append((b, query, token, b * count + a))
             at += len(answer)
 
+    shown = image_rows(backbone, rows, pictures)
+    places = int((ids == backbone.image_token).sum())
+    if places != len(shown):
+        raise ValueError(
+            f"{places} image placeholders, {len(shown)} image features: expected as many"
+        )
     row_of, query_of, token_of, answer_of = torch.tensor(where).T  # (M,) each
     return Batch(
         ids=ids,
         positions=positions,
         mask=None if count == 1 else answer_mask(segment, max(lengths)),
-        pictures=image_rows(backbone, rows, pictures),
+        pictures=shown,
         columns=columns,
         labels=labels,
         row=row_of,

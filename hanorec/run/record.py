@@ -34,6 +34,7 @@ BEFORE_IN_RUNS = {
     "retriever": None,
     "hold_out": 0,
     "fuse": None,
+    "compile": False,
     **{field.name: field.default for field in fields(StepConfig)},
 }
 

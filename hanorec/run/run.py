@@ -32,6 +32,7 @@ from hanorec.lora.layer import adapters_off, add_lora
 from hanorec.lora.loading import attach_policy, continued_lora
 from hanorec.mllm.backbone import Backbone, use_checkpointing
 from hanorec.mllm.builder import PromptBuilder
+from hanorec.mllm.compiled import compile_layers, graphs
 from hanorec.mllm.forward import score_rows
 from hanorec.mllm.load import load_backbone
 from hanorec.mllm.memory import print_memory
@@ -70,9 +71,12 @@ class Run:
         torch.manual_seed(self.train.seed)
 
     def load_backbone(self) -> Backbone:
-        """The checkpoint of --model."""
+        """The checkpoint of --model, its layers compiled where --compile says so."""
         m = self.model
-        return load_backbone(m.model, m.dtype, m.device, m.max_pixels, self.train.shard)
+        backbone = load_backbone(m.model, m.dtype, m.device, m.max_pixels, self.train.shard)
+        if self.train.compile:
+            compile_layers(backbone)
+        return backbone
 
     def plan(self, rows: Sequence[Row], backbone: Backbone, least: int = 1) -> Plan:
         """All steps of the run, each of at least `least` rows; prints what a micro-batch takes."""
@@ -233,6 +237,8 @@ class Run:
         drop_checkpoints(self.out)
         unlock_folder(self.out)
         print(f"wrote the adapter to {self.out}")
+        if self.train.compile:
+            print(f"--compile: {graphs()} graphs were made")
 
     def _write_adapter(self, policy: nn.Module, folder: Path, **facts: Any) -> None:
         base, below = self.model.model, self.train.sft

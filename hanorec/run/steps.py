@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hanorec.base.batches import gather_batch, micro_batches, smallest_part
+from hanorec.base.batches import gather_batch, micro_batches, smallest_part, total
 from hanorec.base.config import DpoConfig, TrainConfig
 from hanorec.base.config_steps import StepConfig
 from hanorec.base.distributed import rank, run_on_all_ranks
@@ -157,7 +157,7 @@ def other_step(readings: StepConfig, stage: Stage, batch: Sequence[int], step: i
     policy.train()
     pairs = lam[batch].numel()
     tokens = sum(stage.rows[i].answer_tokens for i in batch)
-    draws, loss_sum, kl_sum = [], 0.0, 0.0
+    draws, losses, kl_sum = [], [], 0.0
     for _ in range(readings.noise_draws):
         found, start = [], noise.get_state()
         for (part, counts), micro in zip(parts, micros, strict=True):
@@ -190,12 +190,12 @@ def other_step(readings: StepConfig, stage: Stage, batch: Sequence[int], step: i
                 if readings.noise_pass == "forward":
                     noisy.close()
                 loss.backward()
-                loss_sum += loss.item()
+                losses.append(loss.detach())
         draws.append(gather_batch(found, len(batch)))
 
     beta = gather_batch([weights.beta[part] for part, _ in parts], len(batch))
     log_probs = torch.stack(draws).mean(0)
-    return Taken(log_probs, weights.eta, beta, loss_sum, kl_sum / readings.noise_draws)
+    return Taken(log_probs, weights.eta, beta, total(losses), kl_sum / readings.noise_draws)
 
 
 def weigh_clean(
