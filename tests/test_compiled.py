@@ -69,11 +69,11 @@ def test_the_other_families(family):
 def test_a_stale_graph_would_show():
     """Negative control: graphs without guards, so that torch misses every change of state."""
     model = states.Model("qwen2_5_vl", "float32", "cpu")
-    plain = results(model, states.FEW)
+    plain = results(model, states.CONTROL)
     states.without_guards(model.backbone)
-    found = results(model, states.FEW)
+    found = results(model, states.CONTROL)
     assert states.apart(found[0][0], plain[0][0]) == 0  # the state that the graphs are of
-    for state, stale, expected in zip(states.FEW[1:], found[1:], plain[1:], strict=True):
+    for state, stale, expected in zip(states.CONTROL[1:], found[1:], plain[1:], strict=True):
         assert states.apart(stale[0], expected[0]) > 1e-3, state.name
 
 
