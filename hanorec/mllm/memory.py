@@ -207,6 +207,7 @@ def largest_work(
         dropout=train.lora_dropout > 0,
         noise=noise,
         checkpointing=train.checkpointing,
+        compiled=train.compile,
         device=backbone.device.type,
     )
 
