@@ -20,14 +20,19 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-from torch import Tensor
-
 from hanorec.base import command
 from hanorec.base.config import DataConfig, EvalConfig, ModelConfig
+from hanorec.base.settings import parse
+
+KINDS = [ModelConfig, DataConfig, EvalConfig]
+if __name__ == "__main__":
+    command.start(__file__, parse, KINDS, None, __doc__, "evaluate")  # --help needs no torch
+
+from torch import Tensor
+
 from hanorec.base.distributed import join, rank, usable_device
 from hanorec.base.errors import InputError
 from hanorec.base.files import claim_folder, write_json
-from hanorec.base.settings import parse
 from hanorec.datasets.interactions import Example
 from hanorec.mllm import evaluation, tasks
 from hanorec.mllm.backbone import ImageFeatures
@@ -43,7 +48,7 @@ from hanorec.run.record import close_run, compare_settings, prompt_settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    model, data, config = parse([ModelConfig, DataConfig, EvalConfig], argv, __doc__, "evaluate")
+    model, data, config = parse(KINDS, argv, __doc__, "evaluate")
     policies = config.adapter or ["base"]
     if len(set(policies)) < len(policies):
         raise InputError(f"--adapter {' '.join(policies)}: one policy twice; name each once")
@@ -132,7 +137,3 @@ def score_all(
             scores[kind][policy] = evaluation.score(builder, rows[kind], len(examples), batch)
         seconds[policy] = time.perf_counter() - start
     return scores, seconds
-
-
-if __name__ == "__main__":
-    command.run(main)

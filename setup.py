@@ -35,6 +35,7 @@ setup(
     packages=find_packages(include=["hanorec", "hanorec.*"]),
     package_data={"hanorec": ["assets/posterland-base/*"]},
     cmdclass={"build_py": BuildWithScripts},
+    entry_points={"console_scripts": ["hanorec = hanorec.__main__:hanorec"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.8",

@@ -14,12 +14,17 @@ if it had never been stopped.
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from hanorec.base import command
 from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
 from hanorec.base.settings import parse
+
+KINDS = [BrmrsFiles, BrmrsConfig]
+if __name__ == "__main__":
+    command.start(__file__, parse, KINDS, None, __doc__)  # --help needs no torch
+
+import torch
+from torch import Tensor
+
 from hanorec.brmrs.losses import bpr_loss, chns_loss, synergy_loss, total_loss
 from hanorec.brmrs.model import BRMRS, hardest, rivals
 from hanorec.ranking.full_ranking import scores, wins
@@ -28,7 +33,7 @@ from hanorec.run.ranking_run import RankingRun, means_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    train(*parse([BrmrsFiles, BrmrsConfig], argv, __doc__))
+    train(*parse(KINDS, argv, __doc__))
 
 
 def train(files: BrmrsFiles, config: BrmrsConfig) -> None:
@@ -101,7 +106,3 @@ def step_loss(
     terms = {"bpr": bpr, "chns": chns, "syn": syn, "norm": norm}
     terms |= {f"gap_{m}": gap[m] for m in gap}
     return loss, means_of({**terms, "win": wins(gap).float()})
-
-
-if __name__ == "__main__":
-    command.run(main)

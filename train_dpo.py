@@ -9,13 +9,18 @@ pairs.tsv (lambda of every pair), log.jsonl and run.json. A killed run goes on b
 
 from collections.abc import Sequence
 
-import torch
-
 from hanorec.base import command
-from hanorec.base.batches import gather_batch, micro_batches, total
 from hanorec.base.config import DataConfig, DpoConfig, ModelConfig, TrainConfig
 from hanorec.base.config_steps import StepConfig
 from hanorec.base.settings import parse
+
+KINDS = [ModelConfig, DataConfig, TrainConfig, DpoConfig, StepConfig]
+if __name__ == "__main__":
+    command.start(__file__, parse, KINDS, None, __doc__, "train_dpo")  # --help needs no torch
+
+import torch
+
+from hanorec.base.batches import gather_batch, micro_batches, total
 from hanorec.hars import pair_beta, reward_gap
 from hanorec.lora import lora_noise
 from hanorec.losses import dpo_loss, prompt_logits
@@ -29,8 +34,7 @@ from hanorec.scoring import answer_log_probs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    kinds = [ModelConfig, DataConfig, TrainConfig, DpoConfig, StepConfig]
-    _, data, train, dpo, readings = configs = parse(kinds, argv, __doc__, "train_dpo")
+    _, data, train, dpo, readings = configs = parse(KINDS, argv, __doc__, "train_dpo")
     run = Run(configs)
     backbone = run.load_backbone()
     builder, examples = load_examples(backbone, data, train)
@@ -104,7 +108,3 @@ def document_step(stage: Stage, batch: Sequence[int], step: int) -> Taken:
             noisy.append(log_probs.detach())
             losses.append(loss.detach())
     return Taken(gather_batch(noisy, len(batch)), eta, beta[batch], total(losses))
-
-
-if __name__ == "__main__":
-    command.run(main)

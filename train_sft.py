@@ -8,12 +8,17 @@ run that was killed goes on when the same command is given again.
 
 from collections.abc import Sequence
 
-import torch
-
 from hanorec.base import command
-from hanorec.base.batches import micro_batches, total
 from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
 from hanorec.base.settings import parse
+
+KINDS = [ModelConfig, DataConfig, TrainConfig]
+if __name__ == "__main__":
+    command.start(__file__, parse, KINDS, None, __doc__, "train_sft")  # --help needs no torch
+
+import torch
+
+from hanorec.base.batches import micro_batches, total
 from hanorec.losses import sft_loss
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.forward import forward
@@ -23,8 +28,7 @@ from hanorec.run.run import Run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    kinds = [ModelConfig, DataConfig, TrainConfig]
-    _, data, train = configs = parse(kinds, argv, __doc__, "train_sft")
+    _, data, train = configs = parse(KINDS, argv, __doc__, "train_sft")
     run = Run(configs)
     backbone = run.load_backbone()
     builder, examples = load_examples(backbone, data, train)
@@ -56,7 +60,3 @@ def fit(run: Run, builder: PromptBuilder, rows: Sequence[Row]) -> None:
         (loss_sum,) = run.update([rows[i].name for i in batch], total(losses))
         run.log(step=step, epoch=epoch, loss=loss_sum)
     run.finish(policy, stage="sft")
-
-
-if __name__ == "__main__":
-    command.run(main)

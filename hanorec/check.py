@@ -21,6 +21,7 @@ from typing import Any
 from hanorec.base.command import run
 from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
 from hanorec.base.errors import InputError
+from hanorec.base.flags import Parser
 from hanorec.datasets import inspection
 from hanorec.datasets.catalog import Catalog
 from hanorec.datasets.inspection import Findings
@@ -31,11 +32,7 @@ FEW = 3  # examples of a kind that are printed
 
 def parser() -> argparse.ArgumentParser:
     """The command line; flags that a run has too are called as there, with its defaults."""
-    result = argparse.ArgumentParser(
-        prog="python -m hanorec.check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = Parser(__doc__, prog="python -m hanorec.check")
     result.add_argument("data", type=Path, metavar="DATA", help="folder in the native layout")
     result.add_argument("--model", help="folder or hub name of a checkpoint; its weights stay shut")
     result.add_argument("--all", action="store_true", help=f"print all examples, not {FEW} a kind")

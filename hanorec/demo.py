@@ -13,27 +13,38 @@ that differ from the published ones are COMMON, SFT and DPO in hanorec/studies/s
 is a thousand times smaller, so it needs larger steps.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from hanorec.base import command
+from hanorec.base.flags import Parser
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.demo")
+    result.add_argument("--out", required=True, type=Path, help="new folder")
+    result.add_argument(
+        "--seeds", type=int, default=1, help="how many times all is repeated, data included")
+    result.add_argument("--device", help="default: cpu, also where there is a GPU")
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
 import torch
 
-from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import claim_folder, write_json, write_text
-from hanorec.studies.stages import run_seed, table, title_table
+from hanorec.base.terminal import aligned
+from hanorec.studies.clock import Clock
+from hanorec.studies.stages import SHARES, run_seed, table, title_table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument(
-        "--seeds", type=int, default=1, help="how many times all is repeated, data included")
-    parser.add_argument("--device", help="default: cpu, also where there is a GPU")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     if args.seeds < 1:
         raise InputError(f"--seeds {args.seeds}: expected at least 1")
 
@@ -44,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--device cuda takes it"
         )
     out, start, cpu = claim_folder(args.out), time.time(), time.process_time()
-    found, ambiguous = [], []
+    found, ambiguous, stages = [], [], Clock(SHARES, args.seeds)
     for seed in range(2025, 2025 + args.seeds):
-        results, titles = run_seed(out / f"seed-{seed}", seed, device)
+        results, titles = run_seed(out / f"seed-{seed}", seed, device, stages)
         found.append(results)
         ambiguous.append(titles)
 
@@ -61,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.seeds == 1:
         spread = "bootstrap 95% intervals over users"
     write_text(out / "table.md", f"# Posterland, {spread}\n{text}")
-    print(text)
+    print(aligned(text))
 
     try:
         from hanorec.studies.plots import plot_run
@@ -72,7 +83,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"wrote {path}")
     seconds = time.time() - start
     print(f"wrote {out / 'results.json'} and {out / 'table.md'} in {seconds:.0f} s")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -25,9 +25,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hanorec.base import command
-from hanorec.base.distributed import join, usable_device
 from hanorec.base.settings import parse
 from hanorec.recommending.config import ListConfig, PeopleConfig
+
+KINDS = [ListConfig, PeopleConfig]
+if __name__ == "__main__":
+    command.start(__file__, parse, KINDS, None, __doc__)  # --help needs no torch
+
+from hanorec.base.distributed import join, usable_device
 from hanorec.recommending.output import BLOCK, Writer, check_output, header, in_parts, lines
 from hanorec.recommending.people import People
 from hanorec.recommending.recommender import Recommendation, Recommender
@@ -37,7 +42,7 @@ __all__ = ["Recommendation", "Recommender", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, asked = parse([ListConfig, PeopleConfig], argv, __doc__)
+    config, asked = parse(KINDS, argv, __doc__)
     join(usable_device(config.device))
 
     # Data and retriever first: what is wrong with the input shows before a model is loaded.
@@ -62,7 +67,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_run(writer.part, [config, asked], inputs, states=states, users=len(people))
     writer.write(recommender, people)
     print(f"wrote {out}: {len(people)} lists of {asked.top_k}")
-
-
-if __name__ == "__main__":
-    command.run(main)

@@ -58,7 +58,7 @@ OF_BASELINES = {
 ALL_EQUATIONS = EQUATIONS | OF_BASELINES
 
 # Files outside of hanorec/studies that are commands of it.
-COMMANDS = ["hanorec/demo.py", "hanorec/baselines/__main__.py"]
+COMMANDS = ["hanorec/demo.py", "hanorec/__main__.py", "hanorec/baselines/__main__.py"]
 
 # From the lowest floor up. A file stands where its own path is named, or else its folder.
 FLOORS = [

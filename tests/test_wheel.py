@@ -112,6 +112,11 @@ def test_nothing_but_hanorec_is_at_the_top(wheel):
     assert names == {"hanorec"}
 
 
+def test_all_commands_have_one_name(wheel):
+    (path,) = wheel.glob("*.dist-info/entry_points.txt")
+    assert "hanorec = hanorec.__main__:hanorec" in path.read_text().splitlines()
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_scripts_are_the_ones_that_readers_see(wheel, name):
     assert (wheel / "hanorec" / "scripts" / name).read_bytes() == (ROOT / name).read_bytes()

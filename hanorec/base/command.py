@@ -1,10 +1,13 @@
 """How a command begins and ends: with the user's home in its paths, and in a message instead of a
 traceback."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from importlib.util import module_from_spec, spec_from_file_location
+from typing import Any
 
 from hanorec.base.errors import InputError
 from hanorec.base.exhausted import exhausted, is_exhausted
@@ -46,6 +49,29 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     finally:
         unlock_all()
+
+
+def start(file: str, read: Callable[..., Any], *arguments: Any) -> None:
+    """`run` the main of a file that Python was started with, and which has come so far.
+
+    It calls this above its other imports: PyTorch takes seconds to load, and `--help` or a wrong
+    flag, at which `read(*arguments)` ends, should not have to wait for it.
+    """
+    def main() -> None:
+        said = io.StringIO()
+        try:
+            with redirect_stdout(said):  # main reads the flags again, and says it then
+                read(*arguments)
+        except SystemExit:
+            print(said.getvalue(), end="")
+            raise
+        spec = spec_from_file_location("hanorec.started", file)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main()
+
+    run(main)
+    sys.exit()
 
 
 def with_home(words: Iterable[str]) -> list[str]:

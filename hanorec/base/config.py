@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hanorec.base.errors import InputError, shown
-from hanorec.base.settings import TINY, check, option
+from hanorec.base.settings import SEVERAL, TINY, check, option
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Which checkpoint, and how it is loaded."""
+
+    group = "model"  # in --help
 
     model: str = option(
         help="folder or hub name of a Qwen2-VL, Qwen2.5-VL or LLaVA-NeXT checkpoint",
@@ -33,6 +35,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """Which data, and how a prompt is built from it."""
+
+    group = "data"
 
     data: str = option(
         help=(
@@ -117,6 +121,8 @@ class DataConfig:
 class TrainConfig:
     """What both training stages share."""
 
+    group = "training"
+
     out: str = option(help="folder for the adapter, log.jsonl and run.json; must be new or empty")
     sft: str | None = option(
         None,
@@ -182,6 +188,7 @@ class TrainConfig:
         False,
         "ours: under torchrun, each process keeps a part of the base model's layers alone, for "
         "bases that do not fit",
+        group=SEVERAL,
     )
 
     def __post_init__(self) -> None:
@@ -221,6 +228,8 @@ NEGATIVES = ("random", "same", "chns")  # how the rejected item is drawn, if no 
 @dataclass(frozen=True)
 class DpoConfig:
     """HaRS, NoDO and the preference loss."""
+
+    group = "method"
 
     ablation: Literal["full", "no_hars", "no_nodo", "no_sam", "dpo"] = option(
         "full",
@@ -289,6 +298,7 @@ class DpoConfig:
     noise_ranks: Literal["own", "same"] = option(
         "own",
         "ours: under torchrun, a draw of noise for each process, or the same draw for all",
+        group=SEVERAL,
     )
     normalised: bool = option(False, "ours: scale each pair's loss by beta0 / beta' (HN-11)")
     kl_coef: float = option(0.0, "ours: weight of the exact KL in the loss (HN-12)")
@@ -346,6 +356,8 @@ class DpoConfig:
 class EvalConfig:
     """What evaluate.py reports."""
 
+    group = "evaluation"
+
     out: str = option(help="folder for metrics.json; must be new or empty")
     adapter: list[str] = option(
         [],
@@ -396,6 +408,7 @@ class EvalConfig:
         False,
         "ours: under torchrun, each process keeps a part of the base model's layers alone, for "
         "bases that do not fit",
+        group=SEVERAL,
     )
 
     def __post_init__(self) -> None:

@@ -15,6 +15,8 @@ from hanorec.base.settings import check, option
 class StepConfig:
     """How a step draws its noise, takes its rewards, and what else it adds to the loss."""
 
+    group = "method, read otherwise"
+
     noise_pass: Literal["both", "forward"] = option(
         "both",
         "document: the gradient is that of the noisy loss; forward (authors' release, inferred): "

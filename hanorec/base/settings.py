@@ -1,7 +1,8 @@
 """How a command reads its settings: dataclasses filled from flags and JSON files.
 
 Flags and JSON keys are the field names: `train_sft.py --model M --data D --out O`, or
-`train_sft.py run.json`, or both, in which case the flags win. Both win over `--preset`.
+`train_sft.py run.json`, or both, in which case the flags win. Both win over `--preset`. Nothing
+here imports PyTorch, so that --help is quick.
 """
 
 import argparse
@@ -12,21 +13,29 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
-
-from transformers import HfArgumentParser
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from hanorec.base.command import with_home
-from hanorec.base.errors import InputError
+from hanorec.base.errors import InputError, shown
 from hanorec.base.files import read_json
+from hanorec.base.flags import Parser, hyphened
 from hanorec.base.presets import BESIDE, PRESETS
 
 TINY, HUGE = 1e-9, 1e12  # least value of what must be above 0; what no setting reaches
+SEVERAL = "several processes"  # a group of flags in --help, whatever class they are of
+WORDS = {
+    True: ("true", "yes", "t", "y", "1"),
+    False: ("false", "no", "f", "n", "0"),
+}
 
 
-def option(default: Any = MISSING, help: str = "", **argparse_options: Any) -> Any:
-    """A dataclass field with its help text; without a default it is required."""
-    metadata = {"help": help, **argparse_options}
+def option(default: Any = MISSING, help: str = "", **metadata: Any) -> Any:
+    """A dataclass field with its help text; without a default it is required.
+
+    metadata: `group` of --help, if not that of its class; `action` of argparse.
+    """
+    metadata = {"help": help, **metadata}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -54,8 +63,8 @@ def parse(
     value that begins with ~/ is in the user's home, see `with_home`. Unknown keys are
     InputErrors, unknown flags end the command as argparse does.
     """
-    argv = with_home(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(types, description=about, allow_abbrev=False)
+    argv = hyphened(with_home(sys.argv[1:] if argv is None else argv))
+    parser = _parser(types, about)
     if command is not None:
         _add_preset(parser)
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -65,13 +74,70 @@ def parse(
         argv = with_home(_flags_of_file(Path(argv[0]), types, _flags_among(argv))) + argv[1:]
     if command is not None and "preset" in preset:
         argv = _flags_of_preset(preset.preset, command, _flags_among(argv)) + argv
-    *configs, unknown_flags = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown_flags:
-        unknown = " ".join(unknown_flags)
-        parser.error(f"unknown arguments: {unknown}; --help lists the known ones")
+    values = vars(parser.parse_args(argv))
+    configs = []
+    for kind in types:
+        own = {field.name: values[field.name] for field in dataclasses.fields(kind)}
+        configs.append(kind(**own))
     return tuple(configs)
+
+
+# ---- flags of fields ----
+
+
+def _parser(types: Sequence[type], about: str | None) -> Parser:
+    """A flag for every field, in a group for every class; the required ones in the usage line."""
+    parser = Parser(about)
+    fields = []  # (group, field)
+    for kind in types:
+        own = getattr(kind, "group", (kind.__doc__ or "").partition("\n")[0].rstrip("."))
+        fields += [(field.metadata.get("group", own), field) for field in dataclasses.fields(kind)]
+    groups, required = {}, []
+    for title, field in sorted(fields, key=lambda pair: pair[0] == SEVERAL):  # that one is last
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        options = _argument(field)
+        groups[title].add_argument(_flag(field.name), **options)
+        if field.default is True:
+            no = _flag(f"no_{field.name}")
+            groups[title].add_argument(no, action="store_false", dest=field.name)
+        if "required" in options:
+            required.append(f"{_flag(field.name)} {options['metavar']}")
+    parser.usage = " ".join(["%(prog)s [SETTINGS.json]", *required, "[...]"])
+    return parser
+
+
+def _argument(field: dataclasses.Field) -> dict[str, Any]:
+    """What argparse is told of a field of a class of settings."""
+    kind = field.type
+    if isinstance(kind, UnionType):  # int | None
+        kind = get_args(kind)[0]
+    options: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%")}
+    if get_origin(kind) is list:
+        (kind,) = get_args(kind)
+        options |= {"nargs": "+", "action": field.metadata.get("action", "store")}
+    if get_origin(kind) is Literal:
+        options["choices"] = get_args(kind)
+    elif kind is bool:  # --flag alone is true
+        options |= {"type": _truth, "nargs": "?", "const": True, "metavar": "true|false"}
+    else:
+        name = field.name.upper().replace("_", "-")
+        options |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, name)}
+    if field.default_factory is not MISSING:
+        options["default"] = field.default_factory()
+    elif field.default is not MISSING:
+        options["default"] = field.default
+    else:
+        options["required"] = True
+    return options
+
+
+def _truth(word: str) -> bool:
+    """Of a flag that is true or false."""
+    for value, words in WORDS.items():
+        if word.lower() in words:
+            return value
+    raise argparse.ArgumentTypeError(f"{shown(word)}, expected true or false")
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:

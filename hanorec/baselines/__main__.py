@@ -4,7 +4,11 @@
 """
 
 from hanorec.base import command
-from hanorec.studies.baselines import main
+from hanorec.studies.baselines_flags import parser
 
 if __name__ == "__main__":
-    command.run(main)
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
+from hanorec.studies.baselines import main
+
+__all__ = ["main"]

@@ -1,5 +1,7 @@
 r"""MicroLens -> native layout. Covers come from --images (file stem = item id).
 
+    python -m hanorec.datasets.microlens RAW OUT [--images covers/]
+
 *_pairs.csv     header user,item,timestamp (ms)     used when it is there: it states the times
 *_pairs.tsv     user<TAB>id id id ...               already in order
 *_titles.csv    or *_title_en.csv: item,title       quoted as csv, as MicroLens-50k is, or not at

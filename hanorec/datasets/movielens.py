@@ -1,5 +1,7 @@
 r"""MovieLens-1M, -10M and -100K -> native layout. What RAW holds tells which of them it is.
 
+    python -m hanorec.datasets.movielens RAW OUT [--images covers/]
+
 1M, 10M ratings.dat  UserID::MovieID::Rating::Timestamp
         movies.dat   MovieID::Title::Genre|Genre|...
 100K    u.data       user<TAB>item<TAB>rating<TAB>time

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from hanorec.base.errors import InputError
 from hanorec.base.files import whole_folder, write_json, write_text
+from hanorec.base.flags import Parser
 from hanorec.datasets.covers import draw_cover
 from hanorec.datasets.images import find_images
 from hanorec.datasets.raw import MIN_ITEMS, Log, split
@@ -19,9 +20,7 @@ from hanorec.datasets.raw import MIN_ITEMS, Log, split
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
     """The command line common to all converters."""
-    result = argparse.ArgumentParser(
-        prog=f"python -m hanorec.datasets.{module}", description=description
-    )
+    result = Parser(description, prog=f"python -m hanorec.datasets.{module}")
     result.add_argument("raw", type=Path, metavar="RAW", help="folder with the raw files")
     result.add_argument(
         "out", type=Path, metavar="OUT", help="folder to write; it must be new or empty"

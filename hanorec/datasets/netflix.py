@@ -1,5 +1,7 @@
 r"""Netflix Prize -> native layout.
 
+    python -m hanorec.datasets.netflix RAW OUT [--max-users N]
+
 The raw files are read as streams; see --max-users for machines with little memory.
 
     combined_data_1.txt ... _4.txt      MovieID:, then lines CustomerID,Rating,YYYY-MM-DD

@@ -18,7 +18,6 @@ train.tsv, and in val.tsv and test.tsv everybody can.
 truth.json holds what was drawn, for the oracle row of the demo.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ import numpy as np
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import claim_folder, write_json
+from hanorec.base.flags import Parser
 from hanorec.datasets.posters import draw_poster
 
 GENRES = {
@@ -191,9 +191,7 @@ def make_posterland(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--users", type=int, default=900)
     parser.add_argument("--seed", type=int, default=2025)

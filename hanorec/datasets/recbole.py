@@ -1,5 +1,7 @@
 r"""RecBole's atomic files (.inter, .item) -> native layout.
 
+    python -m hanorec.datasets.recbole RAW OUT [--images covers/]
+
 Both are tab separated, quoted as csv or not at all; the header types each column, as in
 user_id:token<TAB>timestamp:float. Text (token_seq) is words separated by spaces, so a genre field
 becomes one genre a word.

@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hanorec.base.batches import gather_batch, micro_batches
 from hanorec.base.distributed import world_size
+from hanorec.base.progress import progress
 from hanorec.lora.layer import adapters_off
 from hanorec.losses import kl_divergence
 from hanorec.mllm.backbone import Backbone, ImageFeatures, hidden_states
@@ -76,7 +76,7 @@ def score_rows(
         order += by_length[r :: world_size()]
 
     scores = []
-    for part, _ in tqdm(micro_batches(order, batch), desc=about, disable=None, leave=False):
+    for part, _ in progress(micro_batches(order, batch), about):
         micro = collate(backbone, [rows[i] for i in part], pictures, packed=not plain)
         logits = forward(backbone, micro)
         sums = answer_log_probs(logits, micro)

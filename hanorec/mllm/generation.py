@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hanorec.base.batches import chunks
 from hanorec.base.distributed import rank, run_on_all_ranks
 from hanorec.base.errors import InputError, shown
 from hanorec.base.facts import check_facts
 from hanorec.base.files import read_object, write_json
+from hanorec.base.progress import progress
 from hanorec.mllm.backbone import Backbone, ImageFeatures
 from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
@@ -69,7 +69,7 @@ def generate(
             )
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     texts = [""] * len(rows)
-    for part in tqdm(list(chunks(by_length, batch)), "writing", disable=None, leave=False):
+    for part in progress(list(chunks(by_length, batch)), "writing"):
         written = continued(backbone, [rows[i] for i in part], pictures, limit, choose, part)
         for i, tokens in zip(part, written, strict=True):
             texts[i] = backbone.tokenizer.decode(tokens).replace("\0", "").strip()

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hanorec.base.batches import chunks
 from hanorec.base.distributed import all_gather, all_reduce, dealt, share, world_size
+from hanorec.base.progress import progress
 from hanorec.datasets.catalog import Catalog
 from hanorec.datasets.images import read_image
 from hanorec.hars import fuse, mean_pool
@@ -48,7 +48,7 @@ def encode(
     """`encode_pictures` as a stream, in the order of rows, of which one batch is in memory."""
     todo = [row for row in sorted(set(rows)) if catalog.images[row] is not None]
     batches = list(chunks(todo, BATCH))
-    for batch in tqdm(batches, desc="images", disable=None, leave=False):
+    for batch in progress(batches, "images"):
         yield from zip(batch, _encode_batch(backbone, catalog, batch), strict=True)
 
 
@@ -139,7 +139,7 @@ def _pooled(backbone: Backbone, inputs: list[_Input], form: str) -> Tensor:
     vectors_of = _input_vectors if form == "input" else _hidden_vectors
     turns = _own_turns(_batches_of_one_shape(inputs))
     pooled = torch.zeros(len(inputs), backbone.width)
-    for batch, counts in tqdm(turns, desc="items", disable=None, leave=False):
+    for batch, counts in progress(turns, "items"):
         vectors = vectors_of(backbone, [inputs[i] for i in batch])  # (b, n, d)
         if counts:
             pooled[batch] = mean_pool(vectors).cpu()

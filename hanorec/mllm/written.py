@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hanorec.base.config import EvalConfig
+from hanorec.base.terminal import aligned
 from hanorec.datasets.interactions import Example
 from hanorec.metrics import bootstrap_interval, ndcg_rows
 from hanorec.mllm import prompts
@@ -136,10 +137,11 @@ def chance_of(builder: PromptBuilder, examples: Sequence[Example]) -> dict[str, 
 def print_written(kind: str, report: Mapping[str, Any]) -> None:
     """A line a policy: metrics in percent, and how many of its texts fail."""
     names = list(report["chance"])
-    head = "".join(f"{name:>16}" for name in names)
-    print(f"\n{kind + ' candidates, as written':<36}{head}{'failures':>20}")
+    lines = [" | ".join([f"{kind} candidates, as written", *names, "failures"])]
     for policy, result in report["policies"].items():
-        cells = "".join(f"{100 * result['metrics'][name]['value']:>16.2f}" for name in names)
+        cells = [f"{100 * result['metrics'][name]['value']:.2f}" for name in names]
         failed = f"{result['failures']} of {len(result['texts'])}"
-        print(f"{policy:<36}{cells}{failed:>20}")
-    print(f"{'chance':<36}" + "".join(f"{100 * report['chance'][name]:>16.2f}" for name in names))
+        lines.append(" | ".join([policy, *cells, failed]))
+    chance = [f"{100 * report['chance'][name]:.2f}" for name in names]
+    lines.append(" | ".join(["chance", *chance]))
+    print("\n" + aligned("\n".join(lines)), end="")

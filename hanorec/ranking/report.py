@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hanorec.base.terminal import aligned
 from hanorec.datasets.interactions import Example, item_counts
 from hanorec.metrics import (
     auc_rows,
@@ -156,11 +157,11 @@ def by_id(examples: Sequence[Example], ids: Sequence[str]) -> list[dict[str, Any
 
 def print_table(kind: str, rows: Mapping[str, dict[str, Any]]) -> None:
     """One candidate set: a line a policy, value and interval in percent."""
-    width = max(12, *map(len, rows))
-    print(f"\n{kind + ' candidates':<{width}}" + "".join(f"{name:>26}" for name in METRICS))
+    lines = [" | ".join([f"{kind} candidates", *METRICS])]
     for name, result in rows.items():
         cells = [_cell(result["metrics"][metric]) for metric in METRICS]
-        print(f"{name:<{width}}" + "".join(f"{cell:>26}" for cell in cells))
+        lines.append(" | ".join([name, *cells]))
+    print("\n" + aligned("\n".join(lines)), end="")
 
 
 def _cell(metric: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hanorec.base.config import EvalConfig
+from hanorec.base.terminal import aligned
 from hanorec.datasets.interactions import Example
 from hanorec.metrics import bootstrap_interval, ndcg_rows, paired_test, shown_test
 from hanorec.ranking.candidate_sets import HeldOut
@@ -189,11 +190,11 @@ def print_report(report: Mapping[str, Any]) -> None:
     )
     orders = report["orders"]
     metrics = [name for name in orders["retriever"]["metrics"] if name != "NDCG@1"]  # = Recall@1
-    width = max(12, *map(len, orders))
-    print(f"{'order, %':<{width}}" + "".join(f"{name:>11}" for name in metrics))
+    lines = [" | ".join(["order, %", *metrics])]
     for name, order in orders.items():
         values = [100 * order["metrics"][metric]["value"] for metric in metrics]
-        print(f"{name:<{width}}" + "".join(f"{value:>11.2f}" for value in values))
+        lines.append(" | ".join([name, *(f"{value:.2f}" for value in values)]))
+    print(aligned("\n".join(lines)), end="")
 
     for test in report["paired"]:
         if test["metric"] in PRINTED:

@@ -15,12 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
 from hanorec.base.distributed import rank, run_on_all_ranks, world_size
 from hanorec.base.errors import InputError
 from hanorec.base.files import write_text
 from hanorec.base.lock import unlock_folder
+from hanorec.base.progress import Progress
 from hanorec.datasets.catalog import Catalog
 from hanorec.recommending.people import People, Person
 from hanorec.recommending.recommender import Recommendation, Recommender
@@ -79,12 +78,13 @@ class Writer:
         """The lists that are not there yet. Several processes divide the blocks."""
         done = run_on_all_ranks(self._go_on)[0]  # as rank 0 sees it
         left = islice(people, done, None)
-        with tqdm(total=len(people), initial=done, unit="user", disable=None) as bar:
-            for round_ in in_parts(left, BLOCK * world_size()):
-                own = round_[rank() * BLOCK : (rank() + 1) * BLOCK]
-                texts = run_on_all_ranks(self._texts, recommender, own)
-                run_on_all_ranks(self._append, "".join(texts))
-                bar.update(len(round_))
+        bar = Progress("lists", len(people), done, "user")
+        for round_ in in_parts(left, BLOCK * world_size()):
+            own = round_[rank() * BLOCK : (rank() + 1) * BLOCK]
+            texts = run_on_all_ranks(self._texts, recommender, own)
+            run_on_all_ranks(self._append, "".join(texts))
+            bar.step(len(round_))
+        bar.close()
         run_on_all_ranks(self._finish)
 
     def _texts(self, recommender: Recommender, people: Sequence[Person]) -> str:

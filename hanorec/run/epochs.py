@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hanorec.base.errors import InputError
+from hanorec.base.progress import Progress
 from hanorec.ranking.early_stopping import BestEpoch
 from hanorec.run.checkpoint import load_checkpoint, save_checkpoint
 from hanorec.run.log import append_log
@@ -56,14 +56,14 @@ class Epochs:
         self.best.go_on(facts)
 
         most, patience = self.config.epochs, self.config.patience * self.every
-        bar = tqdm(total=most, initial=self.epoch, desc="epochs", disable=None)
+        bar, shown = Progress(self.out.name, most, self.epoch, "epoch"), {}
         while self.epoch < most and self.epoch - self.best.epoch < patience:
             self.epoch += 1
             self.means: Counter[str] = Counter()
             yield self.epoch
             # Safe here: the loop asks for the next epoch once it has done all of this one. If it
             # failed on the way, it never comes back, and nothing of the epoch is kept.
-            bar.update()
+            bar.step(loss=next(iter(self.means.values()), math.nan), **shown)
             if self.epoch % self.every and self.epoch < most:
                 self._log({})
                 continue
@@ -73,8 +73,7 @@ class Epochs:
             self._log(valid)
             facts = self.best.facts
             save_checkpoint(self.out, self.epoch, tensors, optimizer, random, **facts)
-            shown = {f"valid {self.metric}": f"{score:.4f}", "best": f"{self.best.score:.4f}"}
-            bar.set_postfix(shown)
+            shown = {f"valid {self.metric}": score, "best": self.best.score}
         bar.close()
 
     def batches(self, n: int) -> Iterator[Tensor]:

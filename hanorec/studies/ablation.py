@@ -25,7 +25,9 @@ from pathlib import Path
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import write_json, write_text
+from hanorec.base.flags import Parser
 from hanorec.base.lock import lock_folder
+from hanorec.base.terminal import aligned
 from hanorec.datasets.posterland import make_posterland
 from hanorec.studies import stages
 from hanorec.studies.runs import run_rows
@@ -72,9 +74,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
 
     InputError for what does not go together.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m hanorec.studies.ablation", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m hanorec.studies.ablation")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument(
         "--data", action="append",
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report, text = args.out / f"results-{args.split}.json", table(results, args.split)
     write_json(report, results)
     write_text(args.out / f"table-{args.split}.md", text)
-    print(f"{text}\nwrote {report} and table-{args.split}.md")
+    print(f"{aligned(text)}\nwrote {report} and table-{args.split}.md")
 
 
 if __name__ == "__main__":

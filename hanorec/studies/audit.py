@@ -13,13 +13,13 @@ Deterministic, seed 2025. The noise curve is `hanorec.studies.noise_curve`. All 
 package's own code on the package's own generated data.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from hanorec.base.command import run
+from hanorec.base.flags import Parser
 from hanorec.studies.audit_candidates import part_chance, part_titles
 from hanorec.studies.audit_checkpointing import part_checkpointing, part_forgotten
 from hanorec.studies.audit_noise import part_nodo, part_rewards
@@ -44,8 +44,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("part", choices=[*PARTS, "titles", "length"])
     parser.add_argument("paths", nargs="*", help="RUN; DATA ...; or MODEL DATA [ADAPTER]")
     parser.add_argument(

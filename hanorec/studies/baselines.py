@@ -1,33 +1,17 @@
-"""Every baseline of document 000 beside HaNoRec: one table, on the same frozen candidates.
-
-    python -m hanorec.baselines --data DATA --out OUT --test "--sets random"
-        the rows that need no checkpoint; hard candidates are drawn by one
-    python -m hanorec.baselines --data DATA --model MODEL --out OUT [--rows "SASRec (CE);SPRec"]
-            [--seeds 3] [--trials 6] [--split val] [--sft FLAGS] [--dpo FLAGS] [--sprec FLAGS]
-            [--matrix FLAGS] [--sequence FLAGS] [--test FLAGS]
-
-The same command again goes on where it stopped; what is finished is not done again.
-
-Every trained row of `hanorec.baselines.rows` gets equally many trials: with the first seed it is
-trained once a setting, and the setting with the highest NDCG@3 on validation, random candidates, is
-kept for all seeds. FLAGS, one string each, are defaults for all rows that are made in that way;
-those of --test are evaluate.py's. What shapes a prompt (--history, --max-pixels) is to be given to
-the stages and to --test alike. OUT/seed-S/ROW/trial-K is a training run, OUT/seed-S/trials its
-evaluations on validation, OUT/seed-S/SPLIT those in the table. OUT/results-SPLIT.json and
-OUT/table-SPLIT.md hold what is read from them.
-"""
+"""The comparison of `hanorec.studies.baselines_flags`, from its flags to its table."""
 
 import argparse
 import difflib
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from hanorec.base.errors import InputError
 from hanorec.base.files import write_json, write_text
 from hanorec.base.lock import lock_folder
+from hanorec.base.terminal import aligned
 from hanorec.baselines.rows import ALWAYS, CONTROL, ROWS, TRIALS, Baseline
-from hanorec.studies.baselines_makers import MAKERS, STAGES
+from hanorec.studies.baselines_flags import STAGES, parser
+from hanorec.studies.baselines_makers import MAKERS
 from hanorec.studies.baselines_runs import Comparison
 from hanorec.studies.baselines_scoring import load_asked, rank_popular, untrained_share
 from hanorec.studies.baselines_table import summarise, table
@@ -40,26 +24,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
 
     InputError for what does not go together.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m hanorec.baselines", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder in the native layout")
-    parser.add_argument("--model", help="the checkpoint of the rows that need one")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument(
-        "--rows",
-        help="names of rows, between semicolons; those that they stand on come with them, and "
-        f"{CONTROL} where there is a model; default all that can be: " + "; ".join(ROWS))
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
-    parser.add_argument("--seed", type=int, default=2025)
-    parser.add_argument(
-        "--trials", type=int, default=TRIALS,
-        help=f"settings tried for each trained row, 1 .. {TRIALS}; 1: its default alone")
-    parser.add_argument(
-        "--split", choices=["val", "test"], default="test", help="of the table's evaluations")
-    for stage, what in STAGES.items():
-        parser.add_argument(f"--{stage}", default="", help=f"flags of {what}")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
 
     if args.seeds < 1:
         raise InputError(f"--seeds {args.seeds}: expected at least 1")
@@ -123,4 +88,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     report, text = args.out / f"results-{args.split}.json", table(results)
     write_json(report, results)
     write_text(args.out / f"table-{args.split}.md", text)
-    print(f"{text}\nwrote {report} and table-{args.split}.md")
+    print(f"{aligned(text)}\nwrote {report} and table-{args.split}.md")

@@ -13,23 +13,13 @@ from hanorec.studies import baselines_language as language
 from hanorec.studies.baselines_scoring import Job, score_adapter, score_popularity, score_vectors
 from hanorec.studies.runs import TRAINING, train_once, train_script
 
-# Flags that a user may give, and whose they are.
-STAGES = {
-    "sft": "train_sft.py: SFT, TALLRec, LLaRA, MLLM-MSR",
-    "dpo": "train_dpo.py: DPO, HaNoRec",
-    "sprec": "all training stages of SPRec, and --rounds",
-    "matrix": "hanorec.baselines.matrix_training: BPR-MF, LightGCN",
-    "sequence": "hanorec.baselines.sequence_training: the other rows by inner product",
-    "test": "evaluate.py: all rows",
-}
-
 
 class Maker(NamedTuple):
     """How rows of a kind are made.
 
     Attributes:
         score: writes the report of a job.
-        stage: of `STAGES`, whose flags the training takes.
+        stage: of `hanorec.studies.baselines_flags.STAGES`, whose flags the training takes.
         kinds: the settings that its flags fill.
         train: (flags, out, folder of CPU seconds): trains unless that is finished; None where
             nothing is trained.

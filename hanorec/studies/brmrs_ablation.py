@@ -10,7 +10,6 @@ change what their name says. The same command again skips finished runs; with a 
 seeds.
 """
 
-import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,8 +22,10 @@ from hanorec.base.command import run
 from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_object, write_json, write_text
+from hanorec.base.flags import Parser
 from hanorec.base.lock import lock_folder
 from hanorec.base.settings import parse
+from hanorec.base.terminal import aligned
 from hanorec.datasets.mmrec import write_mmrec
 from hanorec.metrics import paired_test
 from hanorec.ranking.pairs import load_ranking_data
@@ -90,7 +91,7 @@ def run_rows(
     text = table(results)
     write_json(out / "results.json", results)
     write_text(out / "table.md", text)
-    print(f"\n{text}\nwrote {out / 'results.json'} and {out / 'table.md'}")
+    print(f"\n{aligned(text)}\nwrote {out / 'results.json'} and {out / 'table.md'}")
     return results
 
 
@@ -162,12 +163,7 @@ def _test(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m hanorec.studies.brmrs_ablation",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, prog="python -m hanorec.studies.brmrs_ablation")
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--model", help="native layout only, as in train_brmrs.py")

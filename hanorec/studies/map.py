@@ -27,7 +27,9 @@ from typing import Any
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_object, write_json, write_text
+from hanorec.base.flags import Parser
 from hanorec.base.lock import lock_folder
+from hanorec.base.terminal import aligned
 from hanorec.studies import map_rows as rows
 from hanorec.studies import stages
 from hanorec.studies.map_experiments import run_epochs, run_labels, run_noise
@@ -53,9 +55,7 @@ SET_HERE = {
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's flags, with those of each stage. InputError for what does not go together."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hanorec.studies.map", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m hanorec.studies.map")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument(
         "--experiment", nargs="+", choices=rows.SEEDS, default=list(rows.SEEDS), help="default all")
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     text = page(read_results(args.out))
     write_text(args.out / "map.md", text)
-    print(f"{text}\nwrote {args.out / 'map.md'}")
+    print(f"{aligned(text)}\nwrote {args.out / 'map.md'}")
 
 
 def check_flags(experiment: str, args: argparse.Namespace) -> None:

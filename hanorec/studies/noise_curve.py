@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hanorec.base.command import run
 from hanorec.base.files import write_json
+from hanorec.base.flags import Parser
 from hanorec.lora.layer import LoRALinear, add_lora, lora_layers, lora_noise
 from hanorec.losses import token_log_probs
 from hanorec.mllm.backbone import Backbone, hidden_states, prompt_positions
@@ -124,8 +125,7 @@ def losses_of_draws(
 
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, help="a text file instead of the built-in passage")
     parser.add_argument("--sigma", type=float, nargs="+", default=[0, 0.005, 0.01, 0.02, 0.05, 0.1])

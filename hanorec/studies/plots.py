@@ -14,7 +14,6 @@ Drawn beside the file that each is made from, in RUN and in the folders below it
                                      the noise
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from matplotlib.figure import Figure
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_json, read_object
+from hanorec.base.flags import Parser
 from hanorec.studies.figures import run_name, save
 from hanorec.studies.plots_pairs import draw_pairs, generated_catalog, read_pairs
 from hanorec.studies.plots_results import (
@@ -122,8 +122,7 @@ DRAWN: dict[str, Callable[[Path], dict[str, Figure]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path)
     args = parser.parse_args()
     written = plot_run(args.run)

@@ -4,7 +4,6 @@ Of what is finished: E1.png noise kept or forgotten, E2.png noise of labels agai
 weights, E3.png epochs against beta0. Needs matplotlib (pip install -e .[plots]).
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_object
+from hanorec.base.flags import Parser
 from hanorec.studies.figures import MARKERS, STYLES, panels, save
 from hanorec.studies.map_claims import Estimate, Part, estimate, higher
 from hanorec.studies.map_rows import (
@@ -118,8 +118,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Figure]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("out", type=Path, help="--out of hanorec.studies.map")
     out = parser.parse_args(argv).out
     finished = [name for name in DRAWN if (out / f"{name}.json").exists()]

@@ -13,7 +13,6 @@ weights learns neither. So this command trains all weights on the tasks of
 `hanorec.studies.lessons`, on catalogues other than the demo's, and never on a user.
 """
 
-import argparse
 import shutil
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import claim_folder
+from hanorec.base.flags import Parser
 from hanorec.datasets import posterland
 from hanorec.mllm.backbone import Backbone
 from hanorec.mllm.load import load_backbone
@@ -118,8 +118,7 @@ def _report(backbone: Backbone, pool: Pool, stage: list, rng: np.random.Generato
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=35)
     parser.add_argument(

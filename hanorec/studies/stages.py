@@ -13,6 +13,7 @@ from hanorec.datasets import posterland
 from hanorec.datasets.catalog import load_catalog
 from hanorec.datasets.interactions import Example, load_interactions
 from hanorec.ranking.report import METRICS, summarise
+from hanorec.studies.clock import Clock
 from hanorec.studies.scripts import PACKAGE, script
 
 BASE = PACKAGE / "assets" / "posterland-base"
@@ -51,6 +52,23 @@ STAGES = {
 }
 
 SHUFFLED = "SFT, images shuffled"
+DATA, EVALUATION = "the data", "evaluation of all"
+
+# What is done for a seed, in this order, and about how much of it: forwards of a row, a backward
+# counted as two.
+SHARES = {
+    DATA: 300,
+    "SFT": 3 * 4050,
+    "HaNoRec": 5 * 451,
+    "w/o HaRS": 4 * 451,
+    "w/o NoDO": 5 * 451,
+    "w/o SAM": 5 * 451,
+    "DPO": 4 * 451,
+    "HaNoRec, standardised, relative": 5 * 451,
+    "SFT continued": 3 * 451,
+    EVALUATION: 9 * 2 * 300,  # policies, sets, users
+    SHUFFLED: 2 * 300,
+}
 
 ROWS = [
     "chance", "popularity", "base", SHUFFLED, "SFT", "SFT continued",
@@ -59,16 +77,20 @@ ROWS = [
 ]
 
 
-def run_seed(out: Path, seed: int, device: str) -> tuple[dict[str, Any], dict[str, bool]]:
+def run_seed(
+    out: Path, seed: int, device: str, clock: Clock
+) -> tuple[dict[str, Any], dict[str, bool]]:
     """Make Posterland, run all stages on it, and read them.
 
+    clock: of `SHARES`.
     Returns: what `collect` finds, with the oracle's row; item -> is its title ambiguous.
     """
     data = out / "data"
+    clock.begin(DATA)
     posterland.make_posterland(data, USERS, seed=seed)
     place = ["--device", device]
     sft, dpo, test = ([*flags, *place] for flags in (SFT, DPO, TEST))
-    run_stages(out, BASE, data, seed, sft, dpo, test, noise="movielens")
+    run_stages(out, BASE, data, seed, sft, dpo, test, noise="movielens", clock=clock)
     found = collect(out)
     add_oracle(found, data)
     items = read_json(data / "truth.json")["items"]
@@ -77,7 +99,7 @@ def run_seed(out: Path, seed: int, device: str) -> tuple[dict[str, Any], dict[st
 
 def run_stages(
     out: Path, model: Path, data: Path, seed: int,
-    sft: list[str], dpo: list[str], test: list[str], noise: str,
+    sft: list[str], dpo: list[str], test: list[str], noise: str, clock: Clock,
 ) -> None:
     """Train every stage and evaluate them all on the same candidates.
 
@@ -88,19 +110,23 @@ def run_stages(
     common = ["--model", str(model), "--data", str(data)]
     training = [*common, "--seed", str(seed)]
     below = str(out / "SFT")
+    clock.begin("SFT")
     script("train_sft").main([*training, *sft, "--out", below])
     for name, (command, flags) in STAGES.items():
         preset = ["--dataset", noise] if command == "train_dpo" else []
         places = ["--sft", below, "--out", folder(out, name)]
+        clock.begin(name)
         script(command).main([*training, *dpo, *flags, *preset, *places])
 
     policies = []
     for name in [*STAGES, "SFT"]:
         policies += ["--adapter", folder(out, name)]
     policies += ["--adapter", "base"]
+    clock.begin(EVALUATION)
     script("evaluate").main([*common, *test, *policies, "--out", str(out / "test")])
 
     shuffled = ["--adapter", below, "--images", "shuffled", "--out", str(out / "test-shuffled")]
+    clock.begin(SHUFFLED)
     script("evaluate").main([*common, *test, *shuffled])
 
 

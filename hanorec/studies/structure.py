@@ -5,7 +5,6 @@
 Works in a clone, whose files it reads.
 """
 
-import argparse
 import ast
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
+from hanorec.base.flags import Parser
 
 # From the lowest floor up: name, its folders and single files, what they are about.
 FLOORS = [
@@ -39,7 +39,7 @@ FLOORS = [
     (
         "studies",
         ["hanorec/studies", "hanorec/demo.py", "hanorec/export.py", "hanorec/check.py",
-         "hanorec/baselines/__main__.py"],
+         "hanorec/__main__.py", "hanorec/baselines/__main__.py"],
         "commands that run the scripts, compare and draw",
     ),
     ("scripts", ["."], "the loops, to be read from top to bottom"),
@@ -217,11 +217,7 @@ def page(files: Mapping[str, str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m hanorec.studies.structure",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, prog="python -m hanorec.studies.structure")
     parser.parse_args(argv)
     root = Path(__file__).parents[2]
     if not (root / "train_dpo.py").exists():

@@ -4,7 +4,6 @@
         PAIRS: pairs.tsv of a run, whose Delta the table of label noise takes, too
 """
 
-import argparse
 import csv
 import math
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
+from hanorec.base.flags import Parser
 from hanorec.hars import hardness
 from hanorec.readings import standardised_hardness
 from hanorec.studies.audit_run import table
@@ -160,8 +160,7 @@ def print_sizes(gaps: dict[str, np.ndarray]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("pairs", nargs="?", type=Path, help="pairs.tsv of a run")
     args = parser.parse_args(argv)
     gaps = example_gaps()

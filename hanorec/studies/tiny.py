@@ -8,7 +8,6 @@ bytes stand for what is not in it. The weights are drawn at random and know noth
 checkpoint is for tests, or for `hanorec.studies.pretrain`.
 """
 
-import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +29,7 @@ from transformers import (
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import claim_folder
+from hanorec.base.flags import Parser
 from hanorec.datasets.catalog import load_catalog
 from hanorec.mllm.backbone import FAMILIES
 from hanorec.studies.tiny_text import write_text_files
@@ -166,8 +166,7 @@ def _llava_config(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("out", type=Path)
     parser.add_argument(
