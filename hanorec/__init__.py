@@ -12,4 +12,44 @@ scoring (EV-1), metrics (EV-2 .. EV-4), readings (what else the document may mea
 (HN-3 on a GPU) stand beside them. The other folders: base (settings, files, processes), datasets,
 lora (adapter files), mllm (the three model families), ranking and brmrs (BR-1 .. BR-6), run (what
 stands around the loops), studies. docs/architecture.md has the plan.
+
+The names below can be taken from `hanorec` itself. Each module is imported when the first of its
+names is asked for, so that to import the package takes no time.
 """
+
+from importlib import import_module
+from typing import Any
+
+PUBLIC = {
+    "hanorec.topk": ["topk_neighbors"],
+    "hanorec.hars": [
+        "fuse", "cluster_gap", "hardness", "reward_gap", "responsiveness", "pair_beta",
+    ],
+    "hanorec.readings": ["GAPS", "HARDNESS", "ETAS", "KEPT", "NOISES", "CONTROLS"],
+    "hanorec.losses": ["sft_loss", "preference_logit", "dpo_loss"],
+    "hanorec.lora": [
+        "LoRALinear", "add_lora", "lora_noise", "adapters_off", "save_adapter", "load_adapter",
+    ],
+    "hanorec.metrics": ["auc", "hit_rate", "ndcg"],
+    "hanorec.brmrs": ["hard_negatives", "chns_loss", "synergy_loss", "bpr_loss"],
+    "hanorec.datasets.catalog": ["load_catalog"],
+    "hanorec.datasets.interactions": ["load_interactions"],
+    "hanorec.mllm.load": ["load_backbone"],
+    "hanorec.mllm.builder": ["PromptBuilder"],
+    "hanorec.recommend": ["Recommender"],
+    "hanorec.base.errors": ["InputError"],
+}
+MODULE = {}  # name -> its module
+for _module, _names in PUBLIC.items():
+    MODULE |= dict.fromkeys(_names, _module)
+__all__ = list(MODULE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULE:
+        raise AttributeError(f"module 'hanorec' has no attribute {name!r}")
+    return getattr(import_module(MODULE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -43,6 +43,10 @@ class Catalog:
     images: tuple[Path | None, ...]
     covers: str
 
+    def __repr__(self) -> str:
+        shown = sum(path is not None for path in self.images)
+        return f"<Catalog {self.name}: {len(self.ids)} items, {shown} with an image>"
+
     @cached_property
     def row(self) -> dict[str, int]:
         """Item id -> row."""

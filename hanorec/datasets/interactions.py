@@ -33,6 +33,10 @@ class Interactions:
     val: dict[str, Rows]
     test: dict[str, Rows]
 
+    def __repr__(self) -> str:
+        counts = [f"{len(getattr(self, split))} in {split}" for split in ("train", "val", "test")]
+        return f"<Interactions: users, {', '.join(counts)}>"
+
     def before(self, user: str, split: str) -> Rows:
         """All rows of `user` earlier than `split`: "val" gives train, "test" gives train + val."""
         _check_split(split)
@@ -49,6 +53,10 @@ class Example:
     target: int
     seen: Collection[int]  # never a negative; includes the target; may repeat
     candidates: Rows = ()  # the target and its negatives, shuffled
+
+    def __repr__(self) -> str:
+        had, listed = len(self.history), len(self.candidates)
+        return f"<Example: {self.user}, {had} items -> {self.target}, {listed} candidates>"
     also: Rows = ()  # further targets of one answer with it, newest first: lists.py
 
     @property

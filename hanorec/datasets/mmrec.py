@@ -45,6 +45,10 @@ class RankingData:
     test: Tensor
     features: dict[str, Tensor]  # "t" text, "v" image -> (I, d_m) float32
 
+    def __repr__(self) -> str:
+        size = f"{len(self.users)} users, {len(self.items)} items, {self.train.shape[1]} pairs"
+        return f"<RankingData {self.name}: {size}>"
+
     def sha256(self) -> str:
         """Of everything that a run depends on."""
         digest = hashlib.sha256(json.dumps([self.users, self.items]).encode())

@@ -10,6 +10,7 @@ preprocessed, which tokens surround it, and in positions (Qwen counts time, heig
 import re
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,9 @@ class ImageFeatures(NamedTuple):
     features: Tensor  # (n, d): n vectors of the language model's width
     grid: Tensor | None  # (3,) int64: patches in time, height, width (Qwen), else None
 
+    def __repr__(self) -> str:
+        return f"<ImageFeatures: {tuple(self.features.shape)}>"
+
 
 @dataclass
 class Backbone:
@@ -43,6 +47,10 @@ class Backbone:
     tokenizer: Any
     image_processor: Any
     template: str | None
+
+    def __repr__(self) -> str:
+        name = Path(self.path).name
+        return f"<Backbone {name}: {self.family}, {self.model.dtype}, {self.device}>"
 
     @property
     def device(self) -> torch.device:

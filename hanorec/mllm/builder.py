@@ -25,6 +25,9 @@ class PromptBuilder:
     pictures: dict[int, ImageFeatures]
     config: DataConfig
 
+    def __repr__(self) -> str:
+        return f"<PromptBuilder: {self.config.task}, {self.backbone.family}, {self.catalog.name}>"
+
     @cached_property
     def shown(self) -> Catalog:
         """The catalogue as prompts and answers show it: with --max-title-tokens, long titles are

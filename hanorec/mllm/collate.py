@@ -35,6 +35,9 @@ class Batch:
     answer: Tensor  # (M,) number of its answer, from 0 to size[0] * size[1] - 1
     size: tuple[int, int]  # prompts, and answers to each: what `answer_log_probs` returns
 
+    def __repr__(self) -> str:
+        return f"<Batch: {self.ids.shape[0]} rows of {self.ids.shape[1]} columns, size {self.size}>"
+
     def to(self, device: torch.device) -> "Batch":
         """The batch with all its tensors on the device."""
         moved = {}

@@ -151,6 +151,10 @@ class Row:
     images: list[int]  # catalogue rows, in the order of the prompt
     answers: list[list[int]]
 
+    def __repr__(self) -> str:
+        asked = f"{len(self.prompt)} tokens, {len(self.images)} images"
+        return f"<Row: {self.name}, {asked}, {len(self.answers)} answers>"
+
     @property
     def answer_tokens(self) -> int:
         """How many tokens its answers have, in all."""

@@ -50,6 +50,9 @@ class HeldOut:
     every: list[Example]  # of all users: candidate sets are drawn for all of them at once
     users: set[str]
 
+    def __repr__(self) -> str:
+        return f"<HeldOut: {len(self.every)} items of {self.catalog.name}, {len(self.users)} users>"
+
     def asked(self, examples: list[Example]) -> list[Example]:
         """Those of the users asked for."""
         return [example for example in examples if example.user in self.users]

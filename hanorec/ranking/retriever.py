@@ -36,6 +36,9 @@ class Retriever:
     targets: tuple[str, ...] = ()  # the item that each row of `user` is the state for, if it is
     data: str | None = None  # hash of the data of such states
 
+    def __repr__(self) -> str:
+        return f"<Retriever: {len(self.user)} users, {len(self.item)} items>"
+
     def top_n(self, rows: Tensor, n: int, had: Sequence[Iterable[int]] = ()) -> Tensor:
         """The n best items of each user that are new to them, best first.
 

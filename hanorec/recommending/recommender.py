@@ -83,6 +83,11 @@ class Recommender:
         if retriever is not None:
             self.source = load_source(retriever, self.catalog, self.interactions)
 
+    def __repr__(self) -> str:
+        names = [self.config.model, self.config.adapter, self.config.retriever]
+        parts = " + ".join(Path(name).name for name in names if name is not None)
+        return f"<Recommender: {parts}, {self.catalog.name}>"
+
     @cached_property
     def builder(self) -> PromptBuilder | None:
         """The policy with what makes its prompts, or None; loaded when first asked for."""
