@@ -8,16 +8,38 @@
         base + adapter as one model
 """
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from hanorec.base import command
+from hanorec.base.flags import Parser
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.export")
+    result.add_argument("--model", required=True, help="base checkpoint, folder or hub name")
+    result.add_argument(
+        "--adapter", required=True, action="append",
+        help="one: with what it stands on; several: the stack, bottom first")
+    result.add_argument("--out", required=True, help="new folder")
+    result.add_argument(
+        "--merge", action="store_true", help="write a full model instead of an adapter")
+    result.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+        help="of a merged model; auto: as the checkpoint says; each sum is computed in float32")
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
 import torch
 from transformers import AutoConfig, AutoProcessor
 
-from hanorec.base.command import run
-from hanorec.base.files import claim_folder
+from hanorec.base.files import claim_folder, read_object, write_text
+from hanorec.lora.card import merged_card
 from hanorec.lora.files import save_adapter
 from hanorec.lora.loading import attach_adapter, attach_policy
 from hanorec.lora.merge import collapse_adapters, merge_adapters
@@ -58,20 +80,7 @@ def checkpoint_dtype(path: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="base checkpoint, folder or hub name")
-    parser.add_argument(
-        "--adapter", required=True, action="append",
-        help="one: with what it stands on; several: the stack, bottom first")
-    parser.add_argument("--out", required=True, help="new folder")
-    parser.add_argument(
-        "--merge", action="store_true", help="write a full model instead of an adapter")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-        help="of a merged model; auto: as the checkpoint says; each sum is computed in float32")
-    args = parser.parse_args(argv)
-
+    args = parser().parse_args(argv)
     for directory in args.adapter:
         check_named_adapter("--adapter", directory)
     out = claim_folder(args.out)
@@ -84,16 +93,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         for directory in args.adapter:
             attach_adapter(backbone.model, directory)
 
+    run = Path(args.adapter[-1])  # that of the top adapter
+    facts = run / "hanorec.json"
+    trained = read_object(facts) if facts.exists() else {}
     if args.merge:
         merge_adapters(backbone.model)
         backbone.model.save_pretrained(out)
         copy_other_files(Path(args.model), backbone, out)
+        write_text(out / "README.md", merged_card(args.model, trained, run))
     else:
         collapse_adapters(backbone.model)
-        save_adapter(backbone.model, out, args.model, stage="export", stack=args.adapter)
+        save_adapter(backbone.model, out, args.model, run, stage="export", stack=args.adapter)
     close_run(out, [], {}, arguments=vars(args))
     print(f"wrote {'the merged model' if args.merge else 'one adapter'} to {out}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -6,6 +6,7 @@ Where PEFT is installed, it says itself what is right.
 
 import json
 import re
+import shlex
 import shutil
 import warnings
 
@@ -18,15 +19,19 @@ import evaluate
 import train_dpo
 import train_sft
 from hanorec import export
+from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
 from hanorec.base.errors import InputError
+from hanorec.base.settings import parse
+from hanorec.datasets.catalog import data_hash, load_catalog
 from hanorec.lora import folder as adapter_folder
-from hanorec.lora.card import adapter_card
+from hanorec.lora.card import adapter_card, made
 from hanorec.lora.files import save_adapter, save_policy
 from hanorec.lora.layer import lora_layers
 from hanorec.lora.loading import attach_adapter, attach_policy
 from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.load import load_backbone
+from hanorec.run.record import all_settings
 from hanorec.scoring import answer_logits
 
 LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -331,6 +336,29 @@ def test_the_card_of_a_whole_adapter(sft, checkpoints):
     assert "--max-lora-rank 8 --lora-modules NAME=THIS_FOLDER" in card
     config = json.loads((sft / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == base
+
+
+def test_the_card_says_how_it_was_made(sft, data, checkpoints):
+    """Its flags, given again, are the settings of the run; so is the hash of its data."""
+    card, record = (sft / "README.md").read_text(), json.loads((sft / "run.json").read_text())
+    assert f"splits and titles of SHA-256 `{record['inputs']['data']}`" in card
+    assert record["inputs"]["data"] == data_hash(load_catalog(data))
+    last = json.loads((sft / "log.jsonl").read_text().splitlines()[-1])
+    assert f"- Step {last['step'] + 1}, the last one, on its rows: loss {last['loss']}." in card
+
+    block = card.partition("as flags:\n\n")[2].partition("\n\n")[0]
+    kinds = [ModelConfig, DataConfig, TrainConfig]
+    again = parse(kinds, [*shlex.split(block), "--out", record["settings"]["out"]])
+    assert all_settings(again) == record["settings"]
+    assert "--out" not in block and max(map(len, block.splitlines())) <= 100
+
+
+def test_a_card_without_a_run_says_less(tmp_path):
+    """An adapter whose run is not there, or not one of ours, has no such part."""
+    assert made(tmp_path) == ""
+    (tmp_path / "run.json").write_text('{"settings": 5}')
+    assert made(tmp_path) == ""
+    assert "How it was made" not in adapter_card("B", [8], 16, False, {}, tmp_path)
 
 
 def test_the_card_has_the_flags_of_the_prompts():

@@ -10,6 +10,7 @@ import torch
 import toy
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import CheckpointError
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from hanorec import export
 from hanorec.base.errors import InputError
@@ -697,6 +698,33 @@ def test_exported_folders_load_and_score_alike(stack, catalog, gallery, checkpoi
         )
     with pytest.raises(InputError, match="not an empty folder"):
         export.main([*common, "--adapter", str(policy), "--out", str(tmp_path / "one")])
+
+
+def test_transformers_generates_with_what_is_merged(stack, tmp_path):
+    """Loaded as its card says, without any code of ours: the tokens that the stack writes. The
+    bare base writes others.
+    """
+    backbone, policy = stack
+    out = tmp_path / "merged"
+    export.main([
+        "--model", backbone.path, "--adapter", str(policy), "--out", str(out), "--merge",
+        "--dtype", "float32",
+    ])
+    card = (out / "README.md").read_text()
+    assert f"# `{backbone.path}` with an adapter of hanorec merged into it" in card
+    assert 'AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")' in card
+
+    words = AutoTokenizer.from_pretrained(out)("The user has seen", return_tensors="pt")
+
+    def writes(model, **more):
+        model.eval()
+        how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        return model.generate(**words, **how, **more)[0].tolist()
+
+    written = writes(AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32))
+    bare = AutoModelForImageTextToText.from_pretrained(backbone.path, dtype=torch.float32)
+    # Our attention reads whole rows.
+    assert written == writes(backbone.model, use_cache=False) != writes(bare)
 
 
 def test_fingerprint_tells_bases_and_stacks_apart(checkpoints, make):

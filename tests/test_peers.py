@@ -80,6 +80,24 @@ def test_peft_loads_the_collapsed_stack(backbone, logits, tmp_path):
     assert (logits(top) - logits(backbone)).abs().max() > 1e-2
 
 
+def test_transformers_loads_what_is_exported(backbone, logits, tmp_path):
+    """By `load_adapter`, as the card says."""
+    toy.busy_lora(backbone.model, seed=3, r=4, alpha=10.0)
+    save_adapter(backbone.model, tmp_path / "sft", backbone.path)
+    export.main([
+        "--model", backbone.path, "--adapter", str(tmp_path / "sft"),
+        "--out", str(tmp_path / "one"),
+    ])
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert 'model.load_adapter("THIS_FOLDER")' in card
+    other = fresh(backbone)
+    other.model.load_adapter(str(tmp_path / "one"))
+    other.model.eval()
+    torch.testing.assert_close(logits(other), logits(backbone), atol=1e-5, rtol=1e-5)
+    other.model.disable_adapters()
+    assert (logits(other) - logits(backbone)).abs().max() > 1e-2
+
+
 def peft_saves(backbone, folder, **options):
     """An adapter made and saved by PEFT, with random weights; the model keeps it."""
     config = peft.LoraConfig(

@@ -30,7 +30,13 @@ NO_PART_OF_A_POLICY = (
 )
 
 
-def save_adapter(model: nn.Module, directory: str | Path, base: str, **facts: Any) -> None:
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    base: str,
+    run: Path | None = None,
+    **facts: Any,
+) -> None:
     """Write the top adapter. All ranks call it, rank 0 writes.
 
     adapter_model.safetensors, hanorec.json, README.md, and adapter_config.json last, as the mark of
@@ -38,6 +44,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str, **facts: An
 
     Args:
         base: name or path of the base checkpoint.
+        run: folder of the run that trained it, which README.md tells of.
         facts: what else hanorec.json should say (stage, settings, data hash).
     """
     directory, layers = Path(directory), lora_layers(model)
@@ -62,7 +69,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str, **facts: An
         "adapter_sha256": digest,
     })
     alpha, whole = top.scale * top.r, (directory / "below").exists()
-    card = adapter_card(base, [layer.r for layer in stacked(top)], alpha, whole, facts)
+    card = adapter_card(base, [layer.r for layer in stacked(top)], alpha, whole, facts, run)
     write_text(directory / "README.md", card)
     leaves = sorted({path.rpartition(".")[2] for path in layers})
     stem = re.escape(_common_prefix(list(layers)))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hanorec.base.batches import global_batches
 from hanorec.base.distributed import (
@@ -27,6 +26,7 @@ from hanorec.base.distributed import (
 from hanorec.base.errors import InputError
 from hanorec.base.files import sha256
 from hanorec.base.lock import unlock_folder
+from hanorec.base.progress import Progress
 from hanorec.lora.files import save_policy
 from hanorec.lora.layer import adapters_off, add_lora
 from hanorec.lora.loading import attach_policy, continued_lora
@@ -52,6 +52,7 @@ from hanorec.run.record import (
 )
 from hanorec.run.reference import load_reference, rows_hash, save_reference
 
+ON_THE_BAR = ("loss", "margin", "eta", "kl")  # of what is logged
 Plan = list[tuple[int, list[int]]]  # a step: its epoch, the rows of its global batch
 
 
@@ -195,8 +196,8 @@ class Run:
         random = generators(self.trained[0].device, **own_generators)
         done, carried = load_checkpoint(self.out, self.trained, optimizer, random)
         state.update(carried)
-        bar = tqdm(plan[done:], self.out.name, initial=done, total=len(plan), disable=None)
-        for self.step, (epoch, batch) in enumerate(bar, done):
+        bar, self.shown = Progress(self.out.name, len(plan), done), {}
+        for self.step, (epoch, batch) in enumerate(plan[done:], done):
             self.rate = self.train.learning_rate
             if self.train.schedule == "cosine":
                 self.rate *= cosine(self.step, len(plan))
@@ -212,6 +213,8 @@ class Run:
             if (self.step + 1) % self.train.save_every == 0:
                 done = self.step + 1
                 save_checkpoint(self.out, done, self.trained, optimizer, random, **state)
+            bar.step(**self.shown)
+        bar.close()
 
     def update(self, users: Sequence[str], *numbers: float) -> tuple[float, ...]:
         """The optimizer's step with the gradients of all ranks, clipped.
@@ -230,6 +233,7 @@ class Run:
         """A line of log.jsonl: the record, the gradient's norm before clipping, the rate."""
         record |= {"gradient_norm": self.norm, "learning_rate": self.rate}
         append_log(self.out / "log.jsonl", record)
+        self.shown = {x: float(record[x]) for x in ON_THE_BAR if record.get(x) is not None}
 
     def finish(self, policy: nn.Module, stage: str, **facts: Any) -> None:
         """Write the adapter, then drop the checkpoints."""
@@ -244,7 +248,7 @@ class Run:
         base, below = self.model.model, self.train.sft
         if not self.fresh:  # what that adapter stands on
             below = Path(below) / "below" if (Path(below) / "below").exists() else None
-        save_policy(policy, folder, base, below, prompt=self.prompt, **facts)
+        save_policy(policy, folder, base, below, run=self.out, prompt=self.prompt, **facts)
 
 
 def cosine(step: int, steps: int) -> float:
