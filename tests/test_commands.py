@@ -27,7 +27,8 @@ PLACES = ["--model", "M", "--data", "D", "--out", "O"]
 # Those of users. Studies import what they run, and answer in seconds.
 QUICK = [
     "train-sft", "train-dpo", "train-brmrs", "evaluate", "recommend", "check", "demo", "export",
-    "baselines", "datasets movielens", "datasets recbole", "datasets microlens", "datasets netflix",
+    "baselines", "baselines matrix-training", "baselines sequence-training", "baselines picking",
+    "datasets movielens", "datasets recbole", "datasets microlens", "datasets netflix",
     "datasets posterland", "studies structure",
 ]
 

@@ -11,6 +11,8 @@ from hanorec.base.settings import TINY, check, option
 class BrmrsFiles:
     """What BR-MRS is trained on, where the run goes, and on what device."""
 
+    group = "data and model"
+
     data: str = option(
         help="folder with NAME.inter, text_feat.npy and image_feat.npy, as the MMRec toolbox has "
         "them, or in the native layout"
@@ -47,6 +49,8 @@ class BrmrsConfig:
 
     Document 003 leaves backbone and training open.
     """
+
+    group = "method and training"
 
     # The recommender.
     dim: int = option(64, "MMRec convention: width d of a branch")

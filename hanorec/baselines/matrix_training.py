@@ -12,11 +12,16 @@ run from its last checkpoint, and ends as if it had never been stopped.
 from collections.abc import Sequence
 from functools import partial
 
-import torch
-
 from hanorec.base import command
 from hanorec.base.settings import parse
 from hanorec.baselines.config import MatrixConfig, VectorFiles
+
+KINDS = [VectorFiles, MatrixConfig]
+if __name__ == "__main__":
+    command.start(__file__, parse, KINDS, None, __doc__)  # --help needs no torch
+
+import torch
+
 from hanorec.baselines.matrix import MatrixModel
 from hanorec.baselines.vector_run import VectorRun
 from hanorec.baselines.vectors import matrix_vectors
@@ -25,7 +30,7 @@ from hanorec.ranking.sampler import NegativeSampler
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    train(*parse([VectorFiles, MatrixConfig], argv, __doc__))
+    train(*parse(KINDS, argv, __doc__))
 
 
 def train(files: VectorFiles, config: MatrixConfig) -> None:
@@ -46,7 +51,3 @@ def train(files: VectorFiles, config: MatrixConfig) -> None:
             loss.backward()
             run.update(len(batch) / len(users), loss=loss.item())
     run.finish()
-
-
-if __name__ == "__main__":
-    command.run(main)

@@ -14,21 +14,14 @@ from typing import Literal
 
 from hanorec.base import command
 from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
-from hanorec.base.distributed import join, rank, usable_device
-from hanorec.base.files import read_object
-from hanorec.base.lock import unlock_folder
 from hanorec.base.settings import option, parse
-from hanorec.baselines.sprec import pick_items
-from hanorec.datasets.picks import equal_picks, picks_by_name, save_picks
-from hanorec.mllm import evaluation, tasks
-from hanorec.mllm.load import load_backbone
-from hanorec.run.inputs import check_training, training_inputs
-from hanorec.run.record import all_settings, open_run, write_run
 
 
 @dataclass(frozen=True)
 class PickConfig:
     """How the rejected items are picked."""
+
+    group = "method"
 
     pick: Literal["best", "sample"] = option(
         "best",
@@ -41,9 +34,23 @@ class PickConfig:
     )
 
 
+KINDS = [ModelConfig, DataConfig, TrainConfig, PickConfig]
+if __name__ == "__main__":
+    command.start(__file__, parse, KINDS, None, __doc__)  # --help needs no torch
+
+from hanorec.base.distributed import join, rank, usable_device
+from hanorec.base.files import read_object
+from hanorec.base.lock import unlock_folder
+from hanorec.baselines.sprec import pick_items
+from hanorec.datasets.picks import equal_picks, picks_by_name, save_picks
+from hanorec.mllm import evaluation, tasks
+from hanorec.mllm.load import load_backbone
+from hanorec.run.inputs import check_training, training_inputs
+from hanorec.run.record import all_settings, open_run, write_run
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    kinds = [ModelConfig, DataConfig, TrainConfig, PickConfig]
-    model, data, train, config = configs = parse(kinds, argv, __doc__)
+    model, data, train, config = configs = parse(KINDS, argv, __doc__)
     join(usable_device(model.device))
     check_training(configs)
     if config.previous is not None:
@@ -65,7 +72,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_picks(out / "picks.json", examples, scores, picks, builder.catalog)
         unlock_folder(out)
     print(f"wrote {out / 'picks.json'}")
-
-
-if __name__ == "__main__":
-    command.run(main)

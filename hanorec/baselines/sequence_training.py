@@ -11,14 +11,19 @@ goes on with a stopped run from its last checkpoint, and ends as if it had never
 from collections.abc import Sequence
 from functools import partial
 
+from hanorec.base import command
+from hanorec.base.settings import parse
+from hanorec.baselines.config import SequenceConfig, VectorFiles
+
+KINDS = [VectorFiles, SequenceConfig]
+if __name__ == "__main__":
+    command.start(__file__, parse, KINDS, None, __doc__)  # --help needs no torch
+
 import torch
 from torch import nn
 
-from hanorec.base import command
 from hanorec.base.errors import InputError
-from hanorec.base.settings import parse
 from hanorec.baselines.cl4srec import CL4SRec
-from hanorec.baselines.config import SequenceConfig, VectorFiles
 from hanorec.baselines.encoders import BERT4Rec, Caser, GRU4Rec
 from hanorec.baselines.sequential import SASRec
 from hanorec.baselines.vector_run import VectorRun
@@ -28,7 +33,7 @@ from hanorec.ranking.sampler import NegativeSampler
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    train(*parse([VectorFiles, SequenceConfig], argv, __doc__))
+    train(*parse(KINDS, argv, __doc__))
 
 
 def train(files: VectorFiles, config: SequenceConfig) -> None:
@@ -97,7 +102,3 @@ def training_sequences(
             "predict; no sequence model is trained on them"
         )
     return users, sequences
-
-
-if __name__ == "__main__":
-    command.run(main)

@@ -11,6 +11,8 @@ from hanorec.base.settings import check, option
 class ListConfig:
     """What lists are made from, and how. Prompts are as the adapter was trained on."""
 
+    group = "data, model and retriever"
+
     data: str = option(help="folder in the native layout")
     model: str | None = option(
         None,
@@ -85,6 +87,8 @@ class ListConfig:
 @dataclass(frozen=True)
 class PeopleConfig:
     """Who is recommended to, and where the lists go."""
+
+    group = "users and lists"
 
     users: str | None = option(
         None,
