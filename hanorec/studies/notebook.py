@@ -5,7 +5,6 @@ code, with what the page says it shows as its output. The exercises' cells have 
 Works in a clone, whose docs it reads.
 """
 
-import argparse
 import ast
 import doctest
 import json
@@ -17,6 +16,7 @@ from typing import Any
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import write_text
+from hanorec.base.flags import Parser
 
 FENCED = re.compile(r"^```python\n(.*?)^```$\n?", re.MULTILINE | re.DOTALL)
 ABOUT = """\
@@ -102,9 +102,7 @@ def read_notebook(docs: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m hanorec.studies.notebook", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m hanorec.studies.notebook")
     parser.parse_args(argv)
     docs = Path(__file__).parents[2] / "docs"
     write_text(docs / "walkthrough.ipynb", read_notebook(docs))

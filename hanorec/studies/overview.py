@@ -4,7 +4,6 @@ Posters and titles, pairs, clusters, beta', and the two losses, read from left t
 matplotlib (pip install -e .[plots]). In Python, `draw_overview()` returns the figure.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import Image
 
 from hanorec.base.command import run
 from hanorec.base.errors import InputError
+from hanorec.base.flags import Parser
 from hanorec.datasets.posterland import GENRES, PER_CELL, STYLES, make_items
 from hanorec.datasets.posters import draw_poster
 
@@ -186,9 +186,7 @@ def _say(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m hanorec.studies.overview", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m hanorec.studies.overview")
     parser.add_argument("out", type=Path, help="a file, OUT.png")
     out = parser.parse_args(argv).out
     if out.suffix != ".png":
