@@ -28,7 +28,9 @@ from hanorec.base.command import run
 from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
 from hanorec.base.errors import InputError
 from hanorec.base.files import write_json, write_text
+from hanorec.base.flags import Parser
 from hanorec.base.lock import lock_folder
+from hanorec.base.terminal import aligned
 from hanorec.baselines import matrix_training, sequence_training
 from hanorec.baselines.config import MatrixConfig, SequenceConfig, VectorFiles
 from hanorec.datasets.posterland import make_posterland
@@ -85,9 +87,7 @@ class Study(NamedTuple):
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's flags, and those of each stage. InputError for what does not go together."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hanorec.studies.reranking", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m hanorec.studies.reranking")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--data", help="folder in the native layout; none: cold Posterland")
     parser.add_argument("--model", help="with --data: the checkpoint")
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = table(results)
     write_json(args.out / "results.json", results)
     write_text(args.out / "table.md", text)
-    print(f"{text}\nwrote {args.out / 'results.json'} and table.md")
+    print(f"{aligned(text)}\nwrote {args.out / 'results.json'} and table.md")
 
 
 def run_seed(study: Study, here: Path, data: str, seed: int) -> dict[str, Any]:
