@@ -1,8 +1,9 @@
 """--compile: each layer of the language model as one graph, by torch.compile.
 
-What a layer does depends on more than its input: on a LoRALinear's `active`, `noise`, `dropout` and
-`training`, on whether gradients are wanted, and on shapes. torch guards on all of them and makes a
-graph for every combination that comes up, so a change is never missed (tests/test_compiled.py).
+What a layer does depends on more than its input: on whether a LoRALinear is active, has noise or
+dropout, and is in training; on whether gradients are wanted; and on shapes. torch guards on all of
+them and makes a graph for every combination that comes up, so a change is never missed
+(tests/test_compiled.py).
 """
 
 from typing import Any
