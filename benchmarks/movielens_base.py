@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from hanorec.base.batches import global_batches
@@ -21,7 +22,10 @@ from hanorec.base.command import run
 from hanorec.base.config import DataConfig, TrainConfig
 from hanorec.base.files import claim_folder
 from hanorec.datasets.catalog import load_catalog
+from hanorec.datasets.interactions import Example
 from hanorec.losses import sft_loss
+from hanorec.mllm.backbone import Backbone
+from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.load import load_backbone
@@ -30,6 +34,18 @@ from hanorec.run.run import cosine
 from hanorec.studies.tiny import make_checkpoint
 
 WIDTH, LAYERS, VOCABULARY, BATCH, RATE = 64, 3, 4096, 32, 3e-3
+
+
+def ranking_loss(backbone: Backbone, source: PromptBuilder, examples: list[Example]) -> Tensor:
+    """SFT-1 of the targets' titles behind the ranking prompts: ()."""
+    rows = [source.ranking_row(example, [example.target]) for example in examples]
+    batch = collate(backbone, rows, source.pictures)
+    return sft_loss(forward(backbone, batch), batch.labels)
+
+
+def warm_cosine(rate: float, step: int, steps: int) -> float:
+    """The learning rate at a step: up to `rate` over 50 steps, and down by half a cosine."""
+    return rate * min(1, (step + 1) / 50) * cosine(step, steps)
 
 
 def main() -> None:
@@ -62,10 +78,8 @@ def main() -> None:
         plan += global_batches(len(examples), BATCH, args.seed, epoch)
     bar = tqdm(plan, "base", disable=None)
     for step, batch in enumerate(bar):
-        optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 50) * cosine(step, len(plan))
-        rows = [source.ranking_row(examples[i], [examples[i].target]) for i in batch]
-        micro = collate(backbone, rows, source.pictures)
-        loss = sft_loss(forward(backbone, micro), micro.labels)
+        optimizer.param_groups[0]["lr"] = warm_cosine(RATE, step, len(plan))
+        loss = ranking_loss(backbone, source, [examples[i] for i in batch])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -88,14 +88,37 @@ def load_language_model(source: Path) -> tuple[torch.nn.Module, PreTrainedTokeni
     return model.eval(), tokenizer
 
 
+def small_tower() -> CLIPVisionConfig:
+    """A vision tower of 0.2 M weights."""
+    return CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
+        image_size=IMAGE, patch_size=PATCH, projection_dim=64,
+    )
+
+
 @torch.no_grad()
 def wrap(
-    language: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path, seed: int = 0
+    language: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    seed: int = 0,
+    tower: CLIPVisionConfig | None = None,
+    tiles: list[list[int]] = TILES,
 ) -> None:
     """Write LLaVA-NeXT around the language model: model, tokenizer with an <image> token, image
     processor, chat template.
+
+    tower: the vision tower's sizes, by default `small_tower`. tiles: the tilings of its image size.
+    InputError where the language model is no Llama.
     """
+    if language.config.model_type != "llama":
+        raise InputError(
+            f"a language model of type {language.config.model_type!r}, expected llama; give "
+            "SmolLM2's weights"
+        )
     torch.manual_seed(seed)
+    tower = tower or small_tower()
+    side, patch = tower.image_size, tower.patch_size
     tokenizer.add_tokens(AddedToken("<image>", special=True, normalized=False))
     own = {
         k: v
@@ -104,13 +127,10 @@ def wrap(
     }
     config = LlavaNextConfig(
         text_config=LlamaConfig(**own | {"vocab_size": len(tokenizer)}),
-        vision_config=CLIPVisionConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
-            image_size=IMAGE, patch_size=PATCH, projection_dim=64,
-        ),
-        image_grid_pinpoints=TILES,
+        vision_config=tower,
+        image_grid_pinpoints=tiles,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(IMAGE // PATCH) ** 2,
+        image_seq_length=(side // patch) ** 2,
         tie_word_embeddings=own["tie_word_embeddings"],
     )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -126,22 +146,31 @@ def wrap(
     })
     model.lm_head.weight.copy_(weights["lm_head.weight"])
 
-    # Image features as large as the embeddings of words (RMS), so that random ones do not drown the
-    # text.
-    noise = torch.rand(1, 2, 3, IMAGE, IMAGE) * 2 - 1  # one image: the whole, and its one tile
-    features = model.get_image_features(noise, torch.tensor([[IMAGE, IMAGE]])).pooler_output[0]
-    model.model.multi_modal_projector.linear_2.weight.mul_(
-        rms(weights["model.embed_tokens.weight"]) / rms(features)
-    )
+    noise = torch.rand(1, 2, 3, side, side) * 2 - 1  # one image: the whole, and its one tile
+    match_size(model, noise, torch.tensor([[side, side]]))
 
-    size, crop = {"shortest_edge": IMAGE}, {"height": IMAGE, "width": IMAGE}
-    image_processor = LlavaNextImageProcessor(size=size, crop_size=crop, image_grid_pinpoints=TILES)
+    size, crop = {"shortest_edge": side}, {"height": side, "width": side}
+    image_processor = LlavaNextImageProcessor(size=size, crop_size=crop, image_grid_pinpoints=tiles)
     tokenizer.model_max_length = config.text_config.max_position_embeddings
     model.save_pretrained(out)
     LlavaNextProcessor(
-        image_processor, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        image_processor, tokenizer, patch_size=patch, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
     ).save_pretrained(out)
+
+
+@torch.no_grad()
+def match_size(model: torch.nn.Module, pixels: torch.Tensor, sizes: torch.Tensor) -> None:
+    """Scale the projector so that the features of these images are as large as the embeddings of
+    words (RMS), and do not drown the text.
+
+    pixels: (n, tiles, 3, side, side). sizes: (n, 2), of the images themselves.
+    """
+    features = torch.cat([*model.get_image_features(pixels, sizes).pooler_output])
+    features = features[(features != model.model.image_newline).any(1)]  # the projector's alone
+    model.model.multi_modal_projector.linear_2.weight.mul_(
+        rms(model.get_input_embeddings().weight) / rms(features)
+    )
 
 
 @torch.no_grad()
