@@ -278,6 +278,8 @@ def test_each_command_names_its_own_flags(monkeypatch, capsys):
             known = pages.flags_of_script(f"{command}.py")
         assert set(pages.FLAG.findall(remedy)) <= known
     assert ended(monkeypatch, capsys, "export.py", main)[1].strip().endswith(exhausted.OTHERWISE)
+    by_name = ended(monkeypatch, capsys, "hanorec train-dpo", main)[1]
+    assert by_name.strip().endswith(exhausted.TRAINING)
 
 
 def test_another_error_keeps_its_traceback():

@@ -30,7 +30,8 @@ def is_exhausted(error: BaseException) -> bool:
 def exhausted(error: Exception) -> str:
     """The message of the command that runs."""
     where = "a GPU" if type(error).__name__ == "OutOfMemoryError" else "this machine"
-    remedy = REMEDIES.get(Path(sys.argv[0]).stem, OTHERWISE)
+    command = Path(sys.argv[0].split()[-1]).stem.replace("-", "_")  # of `hanorec train-sft`, too
+    remedy = REMEDIES.get(command, OTHERWISE)
     return (
         f"the memory of {where} is full ({brief(error)}), expected room for what the command "
         f"holds at once; what helps, most first: {remedy}"
