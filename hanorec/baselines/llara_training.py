@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from hanorec.base.batches import micro_batches
+from hanorec.base.batches import micro_batches, total
 from hanorec.base.config import DataConfig, ModelConfig, TrainConfig
 from hanorec.base.distributed import rank
 from hanorec.base.errors import InputError
@@ -79,7 +79,7 @@ def train_llara(
         with_vectors = torch.rand((), generator=generator).item() < p
         rows = hybrid if with_vectors else text
         tokens = sum(rows[i].answer_tokens for i in batch)
-        loss_sum = 0.0
+        losses = []
         for part, weight in micro_batches(batch, train.micro_batch):
             chosen = [rows[i] for i in part]
             shown = chain.from_iterable(row.images for row in chosen)  # of text rows: none
@@ -89,8 +89,8 @@ def train_llara(
             # LL-3 is SFT-1 under the hybrid prompt.
             loss = sft_loss(logits, micro.labels) * weight * len(micro.token) / tokens
             loss.backward()
-            loss_sum += loss.item()
-        (loss_sum,) = run.update([rows[i].name for i in batch], loss_sum)
+            losses.append(loss.detach())
+        (loss_sum,) = run.update([rows[i].name for i in batch], total(losses))
         run.log(step=step, epoch=epoch, loss=loss_sum, p=p, hybrid=with_vectors)
 
     facts = {"table_sha256": table_sha256(table)}

@@ -44,6 +44,7 @@ from hanorec.base.lock import unlock_folder
 from hanorec.baselines.sprec import pick_items
 from hanorec.datasets.picks import equal_picks, picks_by_name, save_picks
 from hanorec.mllm import evaluation, tasks
+from hanorec.mllm.compiled import compile_layers
 from hanorec.mllm.load import load_backbone
 from hanorec.run.inputs import check_training, training_inputs
 from hanorec.run.record import all_settings, open_run, write_run
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         read_object(Path(config.previous))
     out = open_run(train.out, all_settings(configs), "picks.json")
     backbone = load_backbone(model.model, model.dtype, model.device, model.max_pixels, train.shard)
+    if train.compile:
+        compile_layers(backbone)
     builder, examples = tasks.load_examples(backbone, data, train)
     evaluation.use_policy(backbone, train.sft or "base")
     earlier = config.previous and picks_by_name(Path(config.previous), builder.catalog)
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     picks = pick_items(examples, scores, config.pick, [train.seed, data.users_seed])
 
     facts = equal_picks(earlier or {}, examples, picks, builder.catalog)
-    write_run(out, configs, training_inputs(builder, rows, train.sft), **facts)
+    write_run(out, configs, training_inputs(builder, rows, train), **facts)
     if rank() == 0:
         save_picks(out / "picks.json", examples, scores, picks, builder.catalog)
         unlock_folder(out)

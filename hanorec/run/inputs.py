@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hanorec.base.config import NEGATIVES, DataConfig, EvalConfig
+from hanorec.base.config import NEGATIVES, DataConfig, EvalConfig, TrainConfig
 from hanorec.base.config_steps import StepConfig
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_object, sha256
@@ -18,7 +18,7 @@ from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.features import images_sha256
 from hanorec.mllm.prompts import Row
 from hanorec.ranking.candidate_sets import HeldOut, input_hashes
-from hanorec.ranking.cut import check_cut
+from hanorec.ranking.cut import check_cut, cut_folder
 from hanorec.ranking.retriever import check_retriever
 from hanorec.run.reference import read_reference
 
@@ -109,14 +109,19 @@ def comparable(stored: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_inputs(
-    builder: PromptBuilder, rows: Sequence[Row], sft: str | None
+    builder: PromptBuilder, rows: Sequence[Row], train: TrainConfig
 ) -> dict[str, str | None]:
-    """Hashes of all that a training run stands on, with the adapter of --sft on the base.
+    """Hashes of all that a training run stands on, with --retriever, and the adapter of --sft on the
+    base.
 
     The particular comes first: a run that goes on with other inputs is told the first of them that
     differs. stands_on and prompts would differ by themselves in most cases.
     """
+    sft, drawn = train.sft, {}
+    if train.retriever is not None:
+        drawn["retriever"] = sha256(cut_folder(train.retriever) / "embeddings.safetensors")
     return {
+        **drawn,
         "adapter": sft and sha256(Path(sft) / "adapter_model.safetensors"),
         "adapter_stack": sft and _stack_sha256(Path(sft)),
         "data": data_hash(builder.catalog),

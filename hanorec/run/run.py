@@ -24,7 +24,6 @@ from hanorec.base.distributed import (
     usable_device,
 )
 from hanorec.base.errors import InputError
-from hanorec.base.files import sha256
 from hanorec.base.lock import unlock_folder
 from hanorec.base.progress import Progress
 from hanorec.lora.files import save_policy
@@ -39,7 +38,6 @@ from hanorec.mllm.memory import print_memory
 from hanorec.mllm.prompts import Row
 from hanorec.mllm.sharding import set_tower_aside
 from hanorec.mllm.tasks import print_budget
-from hanorec.ranking.cut import cut_folder
 from hanorec.run.checkpoint import drop_checkpoints, generators, load_checkpoint, save_checkpoint
 from hanorec.run.inputs import check_training, training_inputs
 from hanorec.run.log import append_log
@@ -126,10 +124,7 @@ class Run:
         """
         print_memory(builder, self.rows, self.train, noise=facts.get("sigma_n", 0) > 0)
         self.prompt = prompt_settings(self.model, self.data, builder.backbone)
-        self.inputs = training_inputs(builder, self.rows, self.train.sft)
-        if self.train.retriever is not None:
-            weights = cut_folder(self.train.retriever) / "embeddings.safetensors"
-            self.inputs = {"retriever": sha256(weights), **self.inputs}
+        self.inputs = training_inputs(builder, self.rows, self.train)
         self.facts = facts
 
     def reference(self, choice: str, builder: PromptBuilder, rows: Sequence[Row]) -> Tensor:

@@ -30,7 +30,7 @@ from hanorec.base.lock import lock_folder
 from hanorec.base.terminal import aligned
 from hanorec.datasets.posterland import make_posterland
 from hanorec.studies import stages
-from hanorec.studies.runs import run_rows
+from hanorec.studies.runs import check_both, run_rows
 from hanorec.studies.tables import CONTROL, summarise, table
 
 NO_NODO = ["--ablation", "no_nodo"]
@@ -95,10 +95,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
 
     if args.seeds < 1:
         raise InputError(f"--seeds {args.seeds}: expected at least 1")
-    if (args.data is None) != (args.model is None):
-        raise InputError(
-            f"--data {args.data} with --model {args.model}: expected both, or neither for "
-            "Posterland")
+    check_both(args.data, args.model)
     names = list(ROWS)
     if args.rows is not None:
         names = [CONTROL, *(name.strip() for name in args.rows.split(";"))]

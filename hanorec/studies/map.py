@@ -35,7 +35,7 @@ from hanorec.studies import stages
 from hanorec.studies.map_experiments import run_epochs, run_labels, run_noise
 from hanorec.studies.map_tables import page
 from hanorec.studies.map_world import World
-from hanorec.studies.runs import EVALUATION, TRAINING, settings
+from hanorec.studies.runs import EVALUATION, TRAINING, check_both, settings
 
 # Stage -> its default flags, and whose they are.
 STAGES = {
@@ -80,10 +80,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError(
             f"--reads {' '.join(map(str, args.reads))}: expected at least three epochs from 1 on, "
             "ascending: a first, a last and what lies between")
-    if (args.data is None) != (args.model is None):
-        raise InputError(
-            f"--data {args.data} with --model {args.model}: expected both, or neither for "
-            "Posterland")
+    check_both(args.data, args.model)
     args.flags = {}
     for stage, (default, _) in STAGES.items():
         own, taken = shlex.split(getattr(args, stage)), SET_HERE.union(*rows.OWN.get(stage, []))

@@ -41,6 +41,7 @@ from hanorec.studies.reranking_table import read_seed, summarise, table
 from hanorec.studies.runs import (
     EVALUATION,
     TRAINING,
+    check_both,
     folder_name,
     is_evaluated,
     settings,
@@ -105,10 +106,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
             raise InputError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.candidates < 2:
         raise InputError(f"--candidates {args.candidates}: expected at least 2, to be ordered")
-    if (args.data is None) != (args.model is None):
-        raise InputError(
-            f"--data {args.data} with --model {args.model}: expected both, or neither for "
-            "Posterland")
+    check_both(args.data, args.model)
     args.flags = {}
     for stage, default in POSTERLAND.items():
         own = getattr(args, stage)

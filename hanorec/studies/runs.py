@@ -25,6 +25,13 @@ EVALUATION = [ModelConfig, DataConfig, EvalConfig]
 SEEN = ("data", "images", "image_processor", "turn", "base")  # of an evaluation's inputs
 
 
+def check_both(data: str | None, model: str | None) -> None:
+    """InputError where --data is given without --model, or the other way round."""
+    if (data is None) != (model is None):
+        raise InputError(
+            f"--data {data} with --model {model}: expected both, or neither for Posterland")
+
+
 def folder_name(row: str) -> str:
     """A row's name as a folder: letters and digits of any script."""
     return re.sub(r"[^\w.]+", "-", row).strip("-")
