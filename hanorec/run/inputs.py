@@ -111,8 +111,7 @@ def comparable(stored: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def training_inputs(
     builder: PromptBuilder, rows: Sequence[Row], train: TrainConfig
 ) -> dict[str, str | None]:
-    """Hashes of all that a training run stands on, with --retriever, and the adapter of --sft on the
-    base.
+    """Hashes of all that a training run stands on, --retriever and the adapter of --sft included.
 
     The particular comes first: a run that goes on with other inputs is told the first of them that
     differs. stands_on and prompts would differ by themselves in most cases.
