@@ -24,13 +24,12 @@ from hanorec.studies.tables import (
 POOLED = "pooled AUC"
 FULL = ["Recall@10", "NDCG@10", "Recall@20", "NDCG@20"]
 
-COLUMNS = [
-    "row", "class", *METRICS, POOLED, "NDCG@3 over users", f"− {CONTROL}", "over users",
-    "over seeds", "above", "p", "published: MicroLens, Netflix, MovieLens-1M",
+VALUES = ["row", "class", *METRICS, POOLED, "published: MicroLens, Netflix, MovieLens-1M"]
+DIFFERENCES = [
+    "row", "NDCG@3 over users", f"− {CONTROL}", "over users", "over seeds", "above", "p",
 ]
 COSTS = [
-    "row", *FULL, "history", "trials", "chosen", "training pairs", "training CPU s",
-    "scoring CPU s",
+    "row", "history", "trials", "chosen", "training pairs", "training CPU s", "scoring CPU s",
 ]
 
 LEGEND = """
@@ -146,46 +145,71 @@ def _row_facts(
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown, in percent."""
+    """Markdown, in percent: first the row's NDCG@3 on all sets, then two tables for each set."""
     rows, seeds = results["rows"], len(results["seeds"])
-    lines = []
-    data = Path(results["data"]).resolve().name
+    where = f"{Path(results['data']).resolve().name}, {results['split']}"
+    lines = [f"\n**{where}, NDCG@3 on each set of candidates, and full ranking**\n"]
+    lines += _body(["row", *results["sets"], *FULL], _glance(results))
     for kind, one in results["sets"].items():
-        where = f"{data}, {results['split']}, {kind} candidates, {one['users']} targets"
-        lines += [f"\n**{where}**\n", *head(COLUMNS)]
+        values, differences = {}, {}
         for name, entry in one["rows"].items():
-            lines.append(line([name, *_cells(rows.get(name, CHANCE), entry, seeds)]))
-    lines += ["\n**Full ranking, and what each row took**\n", *head(COSTS)]
-    lines += [line([name, *_cost_cells(row)]) for name, row in rows.items()]
-    lines.append(_legend(results))
+            values[name] = _values(rows.get(name, CHANCE), entry)
+            differences[name] = _differences(entry, seeds)
+        lines += [
+            f"\n**{where}, {kind} candidates, {one['users']} targets**\n", *_body(VALUES, values),
+            f"\n**NDCG@3 of the same, and its difference to {CONTROL}**\n",
+            *_body(DIFFERENCES, differences),
+        ]
+    costs = {name: _costs(row) for name, row in rows.items()}
+    lines += ["\n**What each row took**\n", *_body(COSTS, costs), _legend(results)]
     for name in rows:
         if ROWS[name].said:
             lines.append(f"- {name}: {ROWS[name].said}.")
     return "\n".join(lines) + "\n"
 
 
-CHANCE = {"class": "none", "named": True, "seeded": False, "published": []}
+CHANCE = {"class": "none", "named": True, "seeded": False, "published": [], "full_ranking": {}}
 
 
-def _cells(row: Mapping[str, Any], entry: Mapping[str, Any], seeds: int) -> list[str]:
-    """All columns of a candidate set's table but the name."""
-    kind = row["class"] if row["named"] else f"{row['class']}, not named by the document"
-    ends = entry.get("over_users")  # chance has none
-    test = entry.get("against_control")
+def _body(columns: Sequence[str], cells: Mapping[str, Sequence[str]]) -> list[str]:
+    """A table's lines, given {row: its cells behind the name}."""
+    return [*head(columns), *(line([name, *own]) for name, own in cells.items())]
+
+
+def _glance(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """NDCG@3 of each candidate set, and the full ranking."""
+    cells = {}
+    for name in next(iter(results["sets"].values()))["rows"]:
+        row = results["rows"].get(name, CHANCE)
+        of_sets = [one["rows"][name]["values"]["NDCG@3"] for one in results["sets"].values()]
+        full = row["full_ranking"]
+        cells[name] = [
+            *(percent(values, row["seeded"]) for values in of_sets),
+            *(percent(full[metric]) if full else "" for metric in FULL),
+        ]
+    return cells
+
+
+def _values(row: Mapping[str, Any], entry: Mapping[str, Any]) -> list[str]:
     return [
-        kind,
+        row["class"] if row["named"] else f"{row['class']}, not named by the document",
         *(percent(entry["values"][metric], row["seeded"]) for metric in [*METRICS, POOLED]),
-        f"[{100 * ends[0]:.2f}, {100 * ends[1]:.2f}]" if ends else "",
-        *against_cells(entry, seeds),
-        f"{test['p']:.4f}" if test else "",
         ", ".join("–" if value is None else f"{value:.2f}" for value in row["published"]),
     ]
 
 
-def _cost_cells(row: Mapping[str, Any]) -> list[str]:
-    full = row["full_ranking"]
+def _differences(entry: Mapping[str, Any], seeds: int) -> list[str]:
+    ends = entry.get("over_users")  # chance has none
+    test = entry.get("against_control")
     return [
-        *(percent(full[name]) if full else "" for name in FULL),
+        f"[{100 * ends[0]:.2f}, {100 * ends[1]:.2f}]" if ends else "",
+        *against_cells(entry, seeds),
+        f"{test['p']:.4f}" if test else "",
+    ]
+
+
+def _costs(row: Mapping[str, Any]) -> list[str]:
+    return [
         str(row["history"] or ""),
         str(len(row["trials"]) or ""),
         row["chosen"] or "",
