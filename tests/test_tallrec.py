@@ -3,11 +3,15 @@
 import json
 import math
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import toy
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import evaluate
 import train_sft
@@ -16,6 +20,10 @@ from hanorec.mllm.collate import collate
 from hanorec.mllm.forward import forward
 from hanorec.mllm.tasks import scoring_rows
 from hanorec.ranking.report import summarise
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import yes_no_base
 
 TALLREC = ["--task", "binary", "--images", "none"]
 
@@ -117,3 +125,21 @@ def test_trained_and_evaluated_by_flags_alone(data, checkpoints, tmp_path):
 
 def scores_of(labelled):
     return [score for score, _ in labelled]
+
+
+def test_a_base_that_can_say_yes_and_no(data, checkpoints, tmp_path, monkeypatch):
+    """benchmarks/yes_no_base.py: the rows of the words' tokens are new; all other weights are the
+    same to the bit."""
+    base, out = Path(checkpoints["qwen2_5_vl"]), tmp_path / "base"
+    monkeypatch.setattr(yes_no_base, "STEPS", 5)
+    monkeypatch.setattr(sys, "argv", ["yes_no_base.py", str(base), str(data), str(out)])
+    yes_no_base.main()
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, out))
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    words = {*tokenizer.encode(prompts.YES), *tokenizer.encode(prompts.NO)}
+    assert before.keys() == after.keys()
+    changed = {}
+    for name, weight in after.items():
+        if not torch.equal(weight, before[name].to(weight)):
+            changed[name] = (weight != before[name].to(weight)).any(1).nonzero().flatten().tolist()
+    assert list(changed.values()) == [sorted(words)]
