@@ -38,6 +38,7 @@ PATH = re.compile(
     r"(?<![\w/.-])(?:(?:docs|tests|benchmarks|hanorec)/[\w./*-]+|\w+\.py\b)(?:::\w+)?"
 )
 OF_A_LANGUAGE = re.compile(r"^```\w+\n.*?^```$", re.MULTILINE | re.DOTALL)
+INTERVAL = re.compile(r"(?:[+-]?[\d.]+ )?\[[+-]?[\d.]+, [+-]?[\d.]+\]")
 NAME = re.compile(r"(?<![\w/.-])hanorec(?:\.\w+)+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 MOST_TO_READ = 700
@@ -138,16 +139,59 @@ def wrong_commands(text):
     return wrong
 
 
-def wrong_paths(text, folder=ROOT):
-    """Files in backticks, in commands or linked from a page in `folder`, that are not there; tests
-    that are not in their file."""
-    wrong = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (folder / link).exists()]
+def wrong_paths(text):
+    """Files in backticks or in commands that are not there; tests that are not in their file."""
+    wrong = []
     for code in [*spans(text), *in_blocks(text)]:
         for word in PATH.findall(code):
             path, _, name = word.partition("::")
             found = list(ROOT.glob(path.rstrip("/.")))
             if not found or (name and f"def {name}(" not in found[0].read_text(encoding="utf-8")):
                 wrong.append(word)
+    return wrong
+
+
+def headings(text):
+    """What GitHub calls the headings of a page: small letters and hyphens, no other signs."""
+    found = []
+    for heading in re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE):
+        found.append(re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-"))
+    return found
+
+
+def leads_somewhere(link, page):
+    """Whether a link of a page, given by its path, leads to a file, and to a heading of it."""
+    name, _, heading = link.partition("#")
+    target = page.parent / name if name else page
+    if not target.exists():
+        return False
+    return not heading or heading in headings(target.read_text(encoding="utf-8"))
+
+
+def wrong_links(text, page):
+    """Links within the repository that lead nowhere; page: the path that the text is at."""
+    links = re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", text))
+    return [link for link in links if "://" not in link and not leads_somewhere(link, page)]
+
+
+def table_rows(text):
+    """The lines of a page's tables, heads included, rules left out."""
+    rows = []
+    for paragraph in re.split(r"\n\s*\n", FENCED.sub("", text)):
+        lines = [line for line in paragraph.splitlines() if not is_rule(line)]
+        rows += lines if len(lines) < len(paragraph.splitlines()) else []
+    return rows
+
+
+def unfounded(text):
+    """Intervals in a page's tables, each with the figure before it, that are not in the page of
+    docs/ that the row links, in a sentence or in the cells of a table."""
+    wrong = []
+    for row in table_rows(text):
+        links = re.findall(r"\]\((docs/\w+\.md)", row)
+        stated = " ".join((ROOT / link).read_text(encoding="utf-8") for link in links)
+        stated = " ".join(stated.replace("|", " ").split())
+        wrong += [figure for figure in INTERVAL.findall(row) if figure not in stated]
     return wrong
 
 
@@ -167,11 +211,16 @@ def wrong_names(text):
     return wrong
 
 
+def is_rule(line):
+    """Whether it is the line under a table's head."""
+    return "|" in line and re.fullmatch(r"[\s|:-]*-[\s|:-]*", line) is not None
+
+
 def wide_tables(text):
     """The first lines of tables of more columns than a page has room for."""
     lines, wide = FENCED.sub("", text).splitlines(), []
     for head, rule in pairwise(lines):
-        if re.fullmatch(r"[\s|:-]*-[\s|:-]*", rule) and "|" in rule:
+        if is_rule(rule):
             columns = len(re.split(r"(?<!\\)\|", head.strip().strip("|")))
             wide += [head] if columns > MOST_COLUMNS else []
     return wide

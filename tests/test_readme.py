@@ -26,8 +26,57 @@ def test_commands_paths_and_names_are_true(page):
     path = pages.PAGES[page]
     text = path.read_text(encoding="utf-8")
     assert pages.wrong_commands(text) == []
-    assert pages.wrong_paths(text, path.parent) == []
+    assert pages.wrong_paths(text) == []
     assert pages.wrong_names(text) == []
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_links_lead_somewhere(page):
+    path = pages.PAGES[page]
+    assert pages.wrong_links(path.read_text(encoding="utf-8"), path) == []
+
+
+def test_a_wrong_link_would_be_noticed():
+    text = """\
+[a](audit.md#what-is-open), [b](audit.md#what-is-shut), [c](audits.md), [d](#five-lines), [e](#six)
+[f](audit.md#8-auc-of-labels-is-not-auc-and-a-title-is-not-an-item-ev-1-ev-3), [g](https://a.b#c)
+
+## Five lines?
+"""
+    assert pages.headings(text) == ["five-lines"]
+    # The headings of the page itself are those of its file.
+    assert pages.wrong_links(text, ROOT / "docs" / "map.md") == [
+        "audit.md#what-is-shut", "audits.md", "#five-lines", "#six",
+    ]
+
+
+def test_the_readme_is_short():
+    assert len(TEXT.splitlines()) <= 150
+    assert len(TEXT.split()) <= 1200
+    assert len(pages.table_rows(TEXT)) <= 15
+
+
+def test_rows_are_counted_with_their_head_and_without_the_rule():
+    fenced = "```\n| c | d |\n---|---\n```\ntext | text\n"
+    text = f"| a | b |\n|---|:-:|\n| 1 | - |\n\n{fenced}\na | b\n-|-\n"
+    assert pages.table_rows(text) == ["| a | b |", "| 1 | - |", "a | b"]
+
+
+def test_the_readme_leads_to_every_page():
+    linked = set(re.findall(r"\]\((docs/[\w.]+)", TEXT))
+    assert {page for page in pages.PAGES if page != "README.md"} <= linked
+
+
+def test_its_results_stand_in_the_pages_that_it_names():
+    assert pages.unfounded(TEXT) == []
+
+
+def test_a_result_of_no_page_would_be_noticed():
+    figures = "+3.1 [1.9, 4.3], +3.1 [1.8, 4.3], [0.3, 5.9]"
+    table = f"| a | b |\n|---|---|\n| {figures} | [there](docs/reranking.md#results) |\n"
+    assert pages.unfounded(table) == ["+3.1 [1.8, 4.3]"]
+    assert len(pages.unfounded(table.replace("reranking", "brmrs"))) == 3
+    assert len(pages.INTERVAL.findall("".join(pages.table_rows(TEXT)))) >= 5
 
 
 @pytest.mark.parametrize("page", pages.PAGES)
@@ -71,22 +120,24 @@ python train_dpo.py --model M \\
 
 def test_a_wrong_path_or_name_would_be_noticed():
     text = """\
-[here](audit.md), [there](docs/audit.md), `hars.py`, `hanorec/hars.py`, `tests/test_hars_*.py`,
+`hars.py`, `hanorec/hars.py`, `tests/test_hars_*.py`,
 `tests/test_h*.py`, `tests/test_hars.py::test_fuse`, `tests/test_hars.py::test_mean_pool`,
 `hanorec.hars.fuse`, `hanorec.hars.melt`, `--rejected 3`, `--accepted`, `--dpo`
 
     python benchmarks/audit.py
 """
     assert pages.wrong_paths(text) == [
-        "audit.md", "hars.py", "tests/test_hars_*.py", "tests/test_hars.py::test_fuse",
+        "hars.py", "tests/test_hars_*.py", "tests/test_hars.py::test_fuse",
         "benchmarks/audit.py",
     ]
-    assert pages.wrong_paths("[here](audit.md)", ROOT / "docs") == []
     assert pages.wrong_names(text) == ["hanorec.hars.melt", "--accepted"]
 
 
-# The flags of the README's scripts have values that go together.
-SCRIPTS = [line for line in pages.in_blocks(TEXT) if line.split()[1] in pages.SETTINGS]
+# The flags of these pages' scripts have values that go together.
+SCRIPTS = []
+for page in ("README.md", "docs/using.md", "docs/course.md"):
+    lines = pages.in_blocks(pages.PAGES[page].read_text(encoding="utf-8"))
+    SCRIPTS += [line for line in lines if line.split()[1] in pages.SETTINGS]
 
 
 @pytest.mark.parametrize("command", SCRIPTS)
@@ -99,7 +150,7 @@ def test_the_scripts_take_their_flags(command):
 
 
 def test_a_wrong_value_would_be_noticed():
-    assert len(SCRIPTS) > 5
+    assert len(SCRIPTS) > 15
     with pytest.raises(SystemExit):
         parse(pages.SETTINGS["train_sft.py"], [*REQUIRED, "--epochs", "many"])
 

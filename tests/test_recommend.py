@@ -224,8 +224,8 @@ def test_the_five_lines_of_the_readme(data, checkpoints, sft, brmrs, both, capsy
     assert len(block.split("\n\n")) == 2 and len(block.splitlines()) == 5
     ids = load_catalog(data).ids
     named = {
-        "Qwen/Qwen2.5-VL-3B-Instruct": checkpoints["qwen2_5_vl"], "data/ml-1m": data,
-        "runs/hanorec": sft, "runs/brmrs": brmrs, "1193": ids[3], "661": ids[8], "914": ids[20],
+        "hanorec/assets/posterland-base": checkpoints["qwen2_5_vl"], "data/posterland": data,
+        "runs/hanorec": sft, "runs/brmrs": brmrs, "12": ids[3], "7": ids[8], "31": ids[20],
     }
     for name, own in named.items():
         assert block.count(f'"{name}"') == 1
