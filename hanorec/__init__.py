@@ -17,7 +17,9 @@ The names below can be taken from `hanorec` itself. Each module is imported when
 names is asked for, so that to import the package takes no time.
 """
 
+import sys
 from importlib import import_module
+from os.path import isfile
 from typing import Any
 
 PUBLIC = {
@@ -43,6 +45,21 @@ MODULE = {}  # name -> its module
 for _module, _names in PUBLIC.items():
     MODULE |= dict.fromkeys(_names, _module)
 __all__ = list(MODULE)
+
+MARK = '\nif __name__ == "__main__":\n'  # in every module that is a command
+
+
+def _check_command(name: str) -> None:
+    """End `python -m` of a module that is no command, and would do nothing without a word."""
+    path = f"{__path__[0]}/../{name.replace('.', '/')}.py"
+    if name.startswith("hanorec.") and isfile(path):
+        with open(path, encoding="utf-8") as file:
+            if MARK not in file.read():
+                sys.exit(f"error: {name} is no command; `python -m hanorec` lists them all")
+
+
+if sys.argv[:1] == ["-m"]:  # while Python looks for the module that it was given
+    _check_command(sys.orig_argv[-len(sys.argv)])
 
 
 def __getattr__(name: str) -> Any:

@@ -16,11 +16,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 
+from hanorec import MARK
 from hanorec.base.command import run
 from hanorec.base.errors import InputError, shown
 from hanorec.studies.scripts import PACKAGE, SCRIPTS, path_of
-
-MARK = '\nif __name__ == "__main__":\n'
 
 
 def commands() -> dict[str, Path]:

@@ -10,6 +10,7 @@ import sys
 import pytest
 from docstring_names import ROOT
 
+import hanorec
 from hanorec import __main__ as front
 from hanorec.base import command
 from hanorec.base.config import DataConfig, DpoConfig, ModelConfig, TrainConfig
@@ -20,17 +21,10 @@ from hanorec.base.progress import Progress, progress
 from hanorec.base.settings import parse
 from hanorec.base.terminal import aligned
 from hanorec.studies.clock import Clock
+from hanorec.studies.scripts import PACKAGE
 
 DPO = [ModelConfig, DataConfig, TrainConfig, DpoConfig, StepConfig]
 PLACES = ["--model", "M", "--data", "D", "--out", "O"]
-
-# Those of users. Studies import what they run, and answer in seconds.
-QUICK = [
-    "train-sft", "train-dpo", "train-brmrs", "evaluate", "recommend", "check", "demo", "export",
-    "baselines", "baselines matrix-training", "baselines sequence-training", "baselines picking",
-    "datasets movielens", "datasets recbole", "datasets microlens", "datasets netflix",
-    "datasets posterland", "studies structure",
-]
 
 # What each command does with --help, and with a flag that does not exist, in one process.
 ASK = """
@@ -38,13 +32,13 @@ import contextlib, io, json, runpy, sys
 from hanorec.__main__ import commands
 
 found = {}
-for name in sys.argv[1:]:
+for name, path in commands().items():
     for flag in ("--help", "--no-such-flag"):
         sys.argv = [name, flag]
         said = io.StringIO()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                runpy.run_path(str(commands()[name]), run_name="__main__")
+                runpy.run_path(str(path), run_name="__main__")
         except SystemExit as end:
             found[f"{name} {flag}"] = [end.code or 0, said.getvalue(), "torch" in sys.modules]
 import hanorec
@@ -58,10 +52,10 @@ print(json.dumps([found, "torch" in sys.modules]))
 
 def test_help_and_wrong_flags_need_no_torch():
     done = subprocess.run(
-        [sys.executable, "-c", ASK, *QUICK], cwd=ROOT, check=True, capture_output=True, text=True
+        [sys.executable, "-c", ASK], cwd=ROOT, check=True, capture_output=True, text=True
     )
     found, control = json.loads(done.stdout)
-    assert control and len(found) == 2 * len(QUICK)
+    assert control and len(found) == 2 * len(front.commands()) > 50
     for name, (code, said, torch) in found.items():
         assert not torch, name
         assert code == (0 if name.endswith("--help") else 2), name
@@ -176,8 +170,44 @@ def test_every_file_that_can_be_started_is_a_command_and_says_so():
         module = relative.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
         usage = f"python -m {module}" if "/" in relative else f"python {relative}"
         assert usage in path.read_text(encoding="utf-8").partition("import ")[0], name
-    assert set(QUICK) <= front.commands().keys()
     assert "hars" not in front.commands()
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]], ids=str)
+def test_a_module_that_is_no_command_refuses_to_be_started(words, monkeypatch):
+    """Every module, as Python has it when it looks for what stands behind -m."""
+    paths = sorted(path for path in PACKAGE.rglob("*.py") if "__" not in path.stem)
+    refused = set()
+    for path in paths:
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        monkeypatch.setattr(sys, "argv", ["-m", *words])
+        monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-X", "utf8", "-m", name, *words])
+        try:
+            hanorec._check_command(sys.orig_argv[-len(sys.argv)])
+        except SystemExit as end:
+            assert end.code == f"error: {name} is no command; `python -m hanorec` lists them all"
+            refused.add(path)
+    assert refused == set(paths) - set(front.commands().values()) and len(refused) > 100
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["-m", "hanorec.lora.layer", "--rank", "3"], 1, "hanorec.lora.layer is no command"),
+        (["-m", "hanorec.nothing"], 1, "No module named hanorec.nothing"),
+        (["-m", "hanorec.export", "--help"], 0, "usage: python -m hanorec.export"),
+        (["-m", "hanorec", "export", "--help"], 0, "usage: python -m hanorec.export"),
+        (["-m", "pdb", "-c", "c", "-m", "hanorec.export", "--help"], 0, "usage: "),
+        (["-m", "timeit", "-n1", "-r1", "import hanorec.metrics"], 0, "1 loop"),
+        (["-c", "import hanorec.metrics, sys; print(sys.argv)", "-m"], 0, "['-c', '-m']"),
+    ],
+    ids=str,
+)
+def test_what_python_itself_starts(words, code, said):
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, check=False, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True)
+    assert done.returncode == code and said in done.stdout + done.stderr
 
 
 def test_the_list_of_commands(capsys):

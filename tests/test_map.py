@@ -33,7 +33,6 @@ from hanorec.studies import (
 )
 from hanorec.studies.map_claims import Estimate, Order, Part, Prediction, estimate, judge, verdict
 from hanorec.studies.map_labels import (
-    WrongLabels,
     exchange_posters,
     hardness_gaps,
     swapped,
@@ -42,7 +41,15 @@ from hanorec.studies.map_labels import (
 )
 from hanorec.studies.map_noise import cosines
 from hanorec.studies.map_predictions import MIDDLE, exchanged_cell, tuned_cell
-from hanorec.studies.map_rows import BETA0, CONTROL, GRID, TUNED, epoch_cell, epoch_run
+from hanorec.studies.map_rows import (
+    BETA0,
+    CONTROL,
+    GRID,
+    TUNED,
+    WrongLabels,
+    epoch_cell,
+    epoch_run,
+)
 from hanorec.studies.map_world import World, measures
 
 PAGE = Path(__file__).parent.parent / "docs" / "map.md"

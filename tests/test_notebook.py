@@ -9,10 +9,9 @@ from docstring_names import ROOT
 
 import hanorec
 from hanorec.datasets.catalog import load_catalog
-from hanorec.datasets.interactions import load_interactions
+from hanorec.datasets.interactions import HeldOut, load_interactions
 from hanorec.mllm.collate import collate
 from hanorec.mllm.tasks import sft_rows
-from hanorec.ranking.candidate_sets import HeldOut
 from hanorec.recommend import Recommender
 
 IMPORT = """

@@ -16,8 +16,7 @@ import train_brmrs
 from hanorec.base.config import EvalConfig
 from hanorec.base.errors import InputError
 from hanorec.datasets.catalog import Catalog
-from hanorec.datasets.interactions import Example, load_interactions
-from hanorec.ranking.candidate_sets import HeldOut
+from hanorec.datasets.interactions import Example, HeldOut, load_interactions
 from hanorec.ranking.reranking import places_by_score, rerank, rerank_report, target_places
 from hanorec.ranking.retriever import Retriever, load_retriever
 from hanorec.ranking.retrieving import retrieve

@@ -65,6 +65,23 @@ class Example:
         return self.target, *self.also
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The data, every held-out item of a split, and the users asked for."""
+
+    catalog: Catalog
+    interactions: Interactions
+    every: list[Example]  # of all users: candidate sets are drawn for all of them at once
+    users: set[str]
+
+    def __repr__(self) -> str:
+        return f"<HeldOut: {len(self.every)} items of {self.catalog.name}, {len(self.users)} users>"
+
+    def asked(self, examples: list[Example]) -> list[Example]:
+        """Those of the users asked for."""
+        return [example for example in examples if example.user in self.users]
+
+
 def _check_split(split: str) -> None:
     if split not in ("val", "test"):
         raise InputError(f"split {split!r}; expected 'val' or 'test'")

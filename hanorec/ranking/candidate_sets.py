@@ -6,7 +6,6 @@ as the positive).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from hanorec.base.distributed import barrier, rank, run_on_all_ranks
 from hanorec.base.errors import InputError
 from hanorec.base.files import sha256
 from hanorec.datasets.candidates import draw_candidates, draw_hard_candidates, near_count
-from hanorec.datasets.catalog import Catalog, data_hash, load_catalog
+from hanorec.datasets.catalog import data_hash, load_catalog
 from hanorec.datasets.frozen import load_candidates, save_candidates
 from hanorec.datasets.interactions import (
     Example,
+    HeldOut,
     Interactions,
     had_before,
     heldout_examples,
@@ -39,23 +39,6 @@ KINDS = {  # of `--sets`
     "both": ["random", "hard"],
     "all": ["random", "hard", "matched"],
 }
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The data, every held-out item of a split, and the users asked for."""
-
-    catalog: Catalog
-    interactions: Interactions
-    every: list[Example]  # of all users: candidate sets are drawn for all of them at once
-    users: set[str]
-
-    def __repr__(self) -> str:
-        return f"<HeldOut: {len(self.every)} items of {self.catalog.name}, {len(self.users)} users>"
-
-    def asked(self, examples: list[Example]) -> list[Example]:
-        """Those of the users asked for."""
-        return [example for example in examples if example.user in self.users]
 
 
 def held_out(data: DataConfig, config: EvalConfig) -> HeldOut:

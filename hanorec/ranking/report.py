@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hanorec.base.terminal import aligned
-from hanorec.datasets.interactions import Example, item_counts
+from hanorec.datasets.interactions import Example, HeldOut, item_counts
 from hanorec.metrics import (
     auc_rows,
     bootstrap_interval,
@@ -19,7 +19,6 @@ from hanorec.metrics import (
     rank_of_positive,
     shown_test,
 )
-from hanorec.ranking.candidate_sets import HeldOut
 
 AT = 3  # the document's cut-off
 

@@ -13,9 +13,8 @@ import numpy as np
 
 from hanorec.base.config import EvalConfig
 from hanorec.base.terminal import aligned
-from hanorec.datasets.interactions import Example
+from hanorec.datasets.interactions import Example, HeldOut
 from hanorec.metrics import bootstrap_interval, ndcg_rows, paired_test, shown_test
-from hanorec.ranking.candidate_sets import HeldOut
 from hanorec.ranking.fusion import fuse_scores
 
 KS = (1, 3, 5, 10, 20, 50)

@@ -16,8 +16,7 @@ from torch import Tensor
 from hanorec.base.config import EvalConfig
 from hanorec.base.errors import InputError
 from hanorec.datasets.catalog import Catalog, data_hash
-from hanorec.datasets.interactions import Example
-from hanorec.ranking.candidate_sets import HeldOut
+from hanorec.datasets.interactions import Example, HeldOut
 from hanorec.ranking.retriever import Retriever, load_retriever
 
 

@@ -11,13 +11,14 @@ from hanorec.base.config_steps import StepConfig
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_object, sha256
 from hanorec.datasets.catalog import data_hash
+from hanorec.datasets.interactions import HeldOut
 from hanorec.lora.folder import adapter_config, check_adapter
 from hanorec.lora.stack import base_fingerprint, checkpoint_fingerprint
 from hanorec.mllm.backbone import Backbone
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.features import images_sha256
 from hanorec.mllm.prompts import Row
-from hanorec.ranking.candidate_sets import HeldOut, input_hashes
+from hanorec.ranking.candidate_sets import input_hashes
 from hanorec.ranking.cut import check_cut, cut_folder
 from hanorec.ranking.retriever import check_retriever
 from hanorec.run.reference import read_reference

@@ -9,8 +9,8 @@ import numpy as np
 from hanorec.base.distributed import rank
 from hanorec.base.errors import InputError, shown
 from hanorec.base.files import claim_folder, write_json
-from hanorec.datasets.interactions import Example
-from hanorec.ranking.candidate_sets import HeldOut, input_hashes
+from hanorec.datasets.interactions import Example, HeldOut
+from hanorec.ranking.candidate_sets import input_hashes
 from hanorec.ranking.report import compare_sets
 from hanorec.run.record import all_settings, close_run
 

@@ -22,7 +22,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from hanorec.base.command import run
+from hanorec.base import command
 from hanorec.base.errors import InputError
 from hanorec.base.files import write_json, write_text
 from hanorec.base.flags import Parser
@@ -30,7 +30,6 @@ from hanorec.base.lock import lock_folder
 from hanorec.base.terminal import aligned
 from hanorec.datasets.posterland import make_posterland
 from hanorec.studies import stages
-from hanorec.studies.runs import check_both, run_rows
 from hanorec.studies.tables import CONTROL, summarise, table
 
 NO_NODO = ["--ablation", "no_nodo"]
@@ -69,29 +68,40 @@ POSTERLAND = {
 }
 
 
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.studies.ablation")
+    result.add_argument("--out", required=True, type=Path)
+    result.add_argument(
+        "--data", action="append",
+        help="folder in the native layout; may be repeated. None: Posterland, with the demo's "
+        "model and settings")
+    result.add_argument("--model", help="with --data: the checkpoint")
+    result.add_argument("--seeds", type=int, default=5, help="how many, from --seed on")
+    result.add_argument("--seed", type=int, default=2025)
+    result.add_argument(
+        "--rows",
+        help="names of rows, between semicolons; default all, and DPO always: " + "; ".join(ROWS))
+    result.add_argument(
+        "--split", choices=["val", "test"], default="test",
+        help="val to choose settings, test for reports")
+    for stage, default in POSTERLAND.items():
+        result.add_argument(f"--{stage}", help=f"on Posterland: {shlex.join(default)}")
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
+from hanorec.studies.runs import check_both, run_rows
+
+
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's flags, with the names of its rows, and the flags of each stage.
 
     InputError for what does not go together.
     """
-    parser = Parser(__doc__, prog="python -m hanorec.studies.ablation")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument(
-        "--data", action="append",
-        help="folder in the native layout; may be repeated. None: Posterland, with the demo's "
-        "model and settings")
-    parser.add_argument("--model", help="with --data: the checkpoint")
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from --seed on")
-    parser.add_argument("--seed", type=int, default=2025)
-    parser.add_argument(
-        "--rows",
-        help="names of rows, between semicolons; default all, and DPO always: " + "; ".join(ROWS))
-    parser.add_argument(
-        "--split", choices=["val", "test"], default="test",
-        help="val to choose settings, test for reports")
-    for stage, default in POSTERLAND.items():
-        parser.add_argument(f"--{stage}", help=f"on Posterland: {shlex.join(default)}")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
 
     if args.seeds < 1:
         raise InputError(f"--seeds {args.seeds}: expected at least 1")
@@ -139,7 +149,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(report, results)
     write_text(args.out / f"table-{args.split}.md", text)
     print(f"{aligned(text)}\nwrote {report} and table-{args.split}.md")
-
-
-if __name__ == "__main__":
-    run(main)

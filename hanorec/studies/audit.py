@@ -16,10 +16,32 @@ package's own code on the package's own generated data.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hanorec.base import command
+from hanorec.base.flags import Parser
+
+# Part -> how many paths it needs.
+PATHS = {
+    "run": 1, "lambda": 1, "eta": 0, "micro": 0, "rewards": 1, "crossover": 1, "nodo": 1,
+    "checkpointing": 1, "forgotten": 1, "auc": 1, "chance": 0, "synergy": 0, "titles": 1,
+    "length": 2,
+}
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.studies.audit")
+    result.add_argument("part", choices=PATHS)
+    result.add_argument("paths", nargs="*", help="RUN; DATA ...; or MODEL DATA [ADAPTER]")
+    result.add_argument(
+        "--users", type=int, default=100, help="of length: the last so many of the test split")
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
 import torch
 
-from hanorec.base.command import run
-from hanorec.base.flags import Parser
 from hanorec.studies.audit_candidates import part_chance, part_titles
 from hanorec.studies.audit_checkpointing import part_checkpointing, part_forgotten
 from hanorec.studies.audit_noise import part_nodo, part_rewards
@@ -44,15 +66,9 @@ PARTS: dict[str, Callable[[Path], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("part", choices=[*PARTS, "titles", "length"])
-    parser.add_argument("paths", nargs="*", help="RUN; DATA ...; or MODEL DATA [ADAPTER]")
-    parser.add_argument(
-        "--users", type=int, default=100, help="of length: the last so many of the test split")
-    args = parser.parse_args(argv)
-    needed = {"eta": 0, "micro": 0, "chance": 0, "synergy": 0, "length": 2}.get(args.part, 1)
-    if len(args.paths) < needed:
-        parser.error(
+    args = parser().parse_args(argv)
+    if len(args.paths) < (needed := PATHS[args.part]):
+        parser().error(
             f"{args.part} {' '.join(args.paths)}: expected at least {needed} path(s); see --help")
 
     torch.manual_seed(SEED)
@@ -63,7 +79,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         part_length(model, data, args.users, adapter[0] if adapter else None)
     else:
         PARTS[args.part](Path(args.paths[0] if args.paths else "."))
-
-
-if __name__ == "__main__":
-    run(main)

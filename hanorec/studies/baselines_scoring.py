@@ -14,11 +14,11 @@ from hanorec.base.config import DataConfig, EvalConfig, ModelConfig
 from hanorec.base.errors import InputError
 from hanorec.base.settings import parse
 from hanorec.baselines.vectors import Vectors, evaluate, load_targets
-from hanorec.datasets.interactions import Example, item_counts
+from hanorec.datasets.interactions import Example, HeldOut, item_counts
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.load import load_backbone
 from hanorec.mllm.tasks import load_pictures, near_items
-from hanorec.ranking.candidate_sets import HeldOut, frozen_sets, held_out
+from hanorec.ranking.candidate_sets import frozen_sets, held_out
 from hanorec.ranking.report import popularity
 from hanorec.ranking.retriever import load_retriever
 from hanorec.ranking.retrieving import candidate_scores

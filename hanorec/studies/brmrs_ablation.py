@@ -12,19 +12,36 @@ seeds.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from hanorec.base.command import run
+from hanorec.base import command
 from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
 from hanorec.base.errors import InputError
+from hanorec.base.settings import check, option, parse
+
+
+@dataclass(frozen=True)
+class SeedsConfig:
+    """How often every row is trained."""
+
+    group = "study"
+
+    seeds: int = option(5, "how many, from --seed on")
+
+    def __post_init__(self) -> None:
+        check(self, seeds=1)
+
+
+KINDS = [SeedsConfig, BrmrsFiles, BrmrsConfig]
+if __name__ == "__main__":
+    command.start(__file__, parse, KINDS, None, __doc__)  # --help needs no torch
+
+import numpy as np
+
 from hanorec.base.files import read_object, write_json, write_text
-from hanorec.base.flags import Parser
 from hanorec.base.lock import lock_folder
-from hanorec.base.settings import parse
 from hanorec.base.terminal import aligned
 from hanorec.datasets.mmrec import write_mmrec
 from hanorec.metrics import paired_test
@@ -163,22 +180,8 @@ def _test(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__, prog="python -m hanorec.studies.brmrs_ablation")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--model", help="native layout only, as in train_brmrs.py")
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from --seed (2025) on")
-    args, flags = parser.parse_known_args(argv)
-    if args.seeds < 1:
-        raise InputError(f"--seeds {args.seeds}: expected at least 1")
-    flags += ["--data", args.data, "--out", args.out]
-    if args.model:
-        flags += ["--model", args.model]
-    files, config = parse([BrmrsFiles, BrmrsConfig], flags, __doc__)
+    study, files, config = parse(KINDS, argv, __doc__)
     rows = {name: replace(config, **changes) for name, changes in ROWS.items()}
-    lock_folder(Path(args.out))
-    run_rows(Path(args.out), files, rows, range(config.seed, config.seed + args.seeds))
-
-
-if __name__ == "__main__":
-    run(main)
+    out = Path(files.out)
+    lock_folder(out)
+    run_rows(out, files, rows, range(config.seed, config.seed + study.seeds))

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hanorec.base.command import run
+from hanorec.base import command
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_object, write_json, write_text
 from hanorec.base.flags import Parser
@@ -32,10 +32,6 @@ from hanorec.base.lock import lock_folder
 from hanorec.base.terminal import aligned
 from hanorec.studies import map_rows as rows
 from hanorec.studies import stages
-from hanorec.studies.map_experiments import run_epochs, run_labels, run_noise
-from hanorec.studies.map_tables import page
-from hanorec.studies.map_world import World
-from hanorec.studies.runs import EVALUATION, TRAINING, check_both, settings
 
 # Stage -> its default flags, and whose they are.
 STAGES = {
@@ -46,6 +42,37 @@ STAGES = {
     "test": (rows.TEST, "evaluate.py"),
 }
 
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.studies.map")
+    result.add_argument("--out", required=True, type=Path)
+    result.add_argument(
+        "--experiment", nargs="+", choices=rows.SEEDS, default=list(rows.SEEDS), help="default all")
+    result.add_argument(
+        "--seeds", type=int,
+        help="how many, from --seed on; default " + ", ".join(
+            f"{count} in {name}" for name, count in rows.SEEDS.items()))
+    result.add_argument("--seed", type=int, default=2025)
+    result.add_argument(
+        "--reads", type=int, nargs="+", default=list(rows.READS),
+        help="epochs of E3 after which it is read, at least three; default %(default)s")
+    result.add_argument("--data", help="folder in the native layout; none: Posterland")
+    result.add_argument("--model", help="with --data: the checkpoint")
+    for stage, (default, whose) in STAGES.items():
+        result.add_argument(
+            f"--{stage}", default="", help=f"{whose}, behind: {shlex.join(default)}")
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
+from hanorec.studies.map_experiments import run_epochs, run_labels, run_noise
+from hanorec.studies.map_tables import page
+from hanorec.studies.map_world import World
+from hanorec.studies.runs import EVALUATION, TRAINING, check_both, settings
+
 # Flags that this command sets itself, beside those of the rows.
 SET_HERE = {
     "--out", "--model", "--data", "--seed", "--sft", "--reference", "--keep-epochs", "--adapter",
@@ -55,24 +82,7 @@ SET_HERE = {
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's flags, with those of each stage. InputError for what does not go together."""
-    parser = Parser(__doc__, prog="python -m hanorec.studies.map")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument(
-        "--experiment", nargs="+", choices=rows.SEEDS, default=list(rows.SEEDS), help="default all")
-    parser.add_argument(
-        "--seeds", type=int,
-        help="how many, from --seed on; default " + ", ".join(
-            f"{count} in {name}" for name, count in rows.SEEDS.items()))
-    parser.add_argument("--seed", type=int, default=2025)
-    parser.add_argument(
-        "--reads", type=int, nargs="+", default=list(rows.READS),
-        help="epochs of E3 after which it is read, at least three; default %(default)s")
-    parser.add_argument("--data", help="folder in the native layout; none: Posterland")
-    parser.add_argument("--model", help="with --data: the checkpoint")
-    for stage, (default, whose) in STAGES.items():
-        parser.add_argument(
-            f"--{stage}", default="", help=f"{whose}, behind: {shlex.join(default)}")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
 
     if args.seeds is not None and not 1 <= args.seeds <= 10:
         raise InputError(f"--seeds {args.seeds}: expected 1 .. 10")
@@ -152,7 +162,3 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
         if (out / f"{experiment}.json").exists():
             found[experiment] = read_object(out / f"{experiment}.json")
     return found
-
-
-if __name__ == "__main__":
-    run(main)

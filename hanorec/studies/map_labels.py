@@ -7,9 +7,8 @@ data folder.
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,16 +22,7 @@ from hanorec.datasets.interactions import Example
 from hanorec.mllm.builder import PromptBuilder
 from hanorec.mllm.tasks import Preference, preferences
 from hanorec.readings import GAPS
-
-SHARE = 0.3  # of the pairs, whose labels may be wrong
-
-
-@dataclass(frozen=True)
-class WrongLabels:
-    """Of the hardest or easiest `SHARE` of the pairs a part rho, in 0 .. 1, is told wrong."""
-
-    which: Literal["hardest", "easiest"]
-    rho: float
+from hanorec.studies.map_rows import SHARE, WrongLabels
 
 
 def hardness_gaps(builder: PromptBuilder, prompts: Sequence[Preference], dpo: DpoConfig) -> Tensor:

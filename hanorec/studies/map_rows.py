@@ -4,8 +4,10 @@ A cell is a row at one place of the map: at a strength of the noise (E1), with s
 (E2), at a beta0 and an epoch (E3).
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 from hanorec.studies import stages
-from hanorec.studies.map_labels import WrongLabels
 
 SEEDS = {"E1": 5, "E2": 3, "E3": 3}
 
@@ -62,6 +64,17 @@ WRONG_LABELS = [
 ]
 
 RHOS = (0.25, 0.5)
+
+SHARE = 0.3  # of the pairs, whose labels may be wrong
+
+
+@dataclass(frozen=True)
+class WrongLabels:
+    """Of the hardest or easiest `SHARE` of the pairs a part rho, in 0 .. 1, is told wrong."""
+
+    which: Literal["hardest", "easiest"]
+    rho: float
+
 
 WEIGHTS = {
     CONTROL: ["--ablation", "dpo"],

@@ -20,7 +20,8 @@ from hanorec.base.files import read_object
 from hanorec.datasets.posterland import make_posterland
 from hanorec.run.record import check_settings
 from hanorec.studies import stages
-from hanorec.studies.map_labels import WrongLabels, exchange_posters, wrong_preferences
+from hanorec.studies.map_labels import exchange_posters, wrong_preferences
+from hanorec.studies.map_rows import WrongLabels
 from hanorec.studies.runs import (
     EVALUATION,
     TRAINING,

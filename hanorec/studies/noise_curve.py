@@ -16,19 +16,43 @@ what the formula predicts. MODEL is any checkpoint that hanorec loads; benchmark
 makes one with real text weights.
 """
 
-import argparse
 import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hanorec.base import command
+from hanorec.base.flags import Parser
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.studies.noise_curve")
+    result.add_argument("model")
+    result.add_argument("--text", type=Path, help="a text file instead of the built-in passage")
+    result.add_argument("--sigma", type=float, nargs="+", default=[0, 0.005, 0.01, 0.02, 0.05, 0.1])
+    result.add_argument("--targets", nargs="+", choices=["all", "qv"], default=["all"])
+    result.add_argument(
+        "--mode", nargs="+", choices=["absolute", "relative"], default=["absolute", "relative"])
+    result.add_argument("--alpha", type=float, nargs="+", default=[32])
+    result.add_argument("--rank", type=int, default=8)
+    result.add_argument("--draws", type=int, default=5)
+    result.add_argument(
+        "--out", type=Path,
+        help="also write OUT/noise.json, of which python -m hanorec.studies.plots OUT draws the "
+        "figure")
+    result.add_argument("--seed", type=int, default=2025)
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
 import torch
 from torch import Tensor
 
-from hanorec.base.command import run
 from hanorec.base.files import write_json
-from hanorec.base.flags import Parser
 from hanorec.lora.layer import LoRALinear, add_lora, lora_layers, lora_noise
 from hanorec.losses import token_log_probs
 from hanorec.mllm.backbone import Backbone, hidden_states, prompt_positions
@@ -124,28 +148,9 @@ def losses_of_draws(
     return losses, sizes
 
 
-def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--text", type=Path, help="a text file instead of the built-in passage")
-    parser.add_argument("--sigma", type=float, nargs="+", default=[0, 0.005, 0.01, 0.02, 0.05, 0.1])
-    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=["all"])
-    parser.add_argument(
-        "--mode", nargs="+", choices=["absolute", "relative"], default=["absolute", "relative"])
-    parser.add_argument("--alpha", type=float, nargs="+", default=[32])
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument(
-        "--out", type=Path,
-        help="also write OUT/noise.json, of which python -m hanorec.studies.plots OUT draws the "
-        "figure")
-    parser.add_argument("--seed", type=int, default=2025)
-    return parser.parse_args(argv)
-
-
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_command(argv)
+    args = parser().parse_args(argv)
     text = PASSAGE if args.text is None else args.text.read_text(encoding="utf-8")
     torch.manual_seed(args.seed)
     backbone = load_backbone(args.model)
@@ -189,7 +194,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     for (mode, alpha, sigma), found in sizes.items():
         cells = [f"{drawn:.3f} ({predicted:.3f})" for drawn, predicted in found.values()]
         print(f"{mode}, {alpha / args.rank:g}, {sigma:g} | " + " | ".join(cells))
-
-
-if __name__ == "__main__":
-    run(main)

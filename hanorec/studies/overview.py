@@ -8,14 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hanorec.base import command
+from hanorec.base.flags import Parser
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.studies.overview")
+    result.add_argument("out", type=Path, help="a file, OUT.png")
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no matplotlib
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 
-from hanorec.base.command import run
 from hanorec.base.errors import InputError
-from hanorec.base.flags import Parser
 from hanorec.datasets.posterland import GENRES, PER_CELL, STYLES, make_items
 from hanorec.datasets.posters import draw_poster
 
@@ -186,9 +198,7 @@ def _say(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__, prog="python -m hanorec.studies.overview")
-    parser.add_argument("out", type=Path, help="a file, OUT.png")
-    out = parser.parse_args(argv).out
+    out = parser().parse_args(argv).out
     if out.suffix != ".png":
         raise InputError(f"{out}: expected a file that ends in .png")
     draw_overview().savefig(out, dpi=110)
@@ -196,7 +206,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         small = image.convert("RGB").quantize(96, dither=Image.Dither.NONE)
     small.save(out, optimize=True)
     print(f"wrote {out}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -19,12 +19,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hanorec.base import command
+from hanorec.base.flags import Parser
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.studies.plots")
+    result.add_argument("run", type=Path)
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
 from matplotlib.figure import Figure
 
-from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_json, read_object
-from hanorec.base.flags import Parser
 from hanorec.studies.figures import run_name, save
 from hanorec.studies.plots_pairs import draw_pairs, generated_catalog, read_pairs
 from hanorec.studies.plots_results import (
@@ -122,9 +134,7 @@ DRAWN: dict[str, Callable[[Path], dict[str, Figure]]] = {
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("run", type=Path)
-    args = parser.parse_args()
+    args = parser().parse_args()
     written = plot_run(args.run)
     if not written:
         raise InputError(
@@ -132,7 +142,3 @@ def main() -> None:
             "--out folder of a command")
     for path in written:
         print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    run(main)

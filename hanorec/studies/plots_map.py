@@ -8,13 +8,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hanorec.base import command
+from hanorec.base.flags import Parser
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.studies.plots_map")
+    result.add_argument("out", type=Path, help="--out of hanorec.studies.map")
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
 import numpy as np
 from matplotlib.figure import Figure
 
-from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_object
-from hanorec.base.flags import Parser
 from hanorec.studies.figures import MARKERS, STYLES, panels, save
 from hanorec.studies.map_claims import Estimate, Part, estimate, higher
 from hanorec.studies.map_rows import (
@@ -118,9 +130,7 @@ DRAWN: dict[str, Callable[[dict[str, Any]], Figure]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("out", type=Path, help="--out of hanorec.studies.map")
-    out = parser.parse_args(argv).out
+    out = parser().parse_args(argv).out
     finished = [name for name in DRAWN if (out / f"{name}.json").exists()]
     if not finished:
         raise InputError(
@@ -130,7 +140,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         figure = DRAWN[name](read_object(out / f"{name}.json"))
         path = save(figure, out / f"{name}.png")
         print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    run(main)

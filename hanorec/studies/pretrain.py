@@ -17,13 +17,29 @@ import shutil
 import time
 from pathlib import Path
 
+from hanorec.base import command
+from hanorec.base.flags import Parser
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.studies.pretrain")
+    result.add_argument("out", type=Path)
+    result.add_argument("--minutes", type=float, default=35)
+    result.add_argument(
+        "--start-from", type=Path,
+        help="go on from this checkpoint, with mostly ambiguous titles")
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
 import numpy as np
 import torch
 
-from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import claim_folder
-from hanorec.base.flags import Parser
 from hanorec.datasets import posterland
 from hanorec.mllm.backbone import Backbone
 from hanorec.mllm.load import load_backbone
@@ -118,20 +134,10 @@ def _report(backbone: Backbone, pool: Pool, stage: list, rng: np.random.Generato
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=35)
-    parser.add_argument(
-        "--start-from", type=Path,
-        help="go on from this checkpoint, with mostly ambiguous titles")
-    args = parser.parse_args()
+    args = parser().parse_args()
     not_one = args.start_from and not (args.start_from / "config.json").exists()
     if args.minutes <= 0 or not_one:
         raise InputError(
             f"--minutes {args.minutes}, --start-from {args.start_from}: expected more than 0 "
             "minutes, and a checkpoint folder or nothing")
     pretrain(claim_folder(args.out), args.minutes, args.start_from)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -24,18 +24,54 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hanorec.base.command import run
-from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
+from hanorec.base import command
 from hanorec.base.errors import InputError
 from hanorec.base.files import write_json, write_text
 from hanorec.base.flags import Parser
 from hanorec.base.lock import lock_folder
 from hanorec.base.terminal import aligned
+from hanorec.datasets.posterland import make_posterland
+from hanorec.studies import stages
+
+USERS, COLD = 3600, 1 / 3
+POSTERLAND = {
+    # items are their features alone, so that a film without users has a place, too
+    "retrieval": ["--item-embedding", "none", "--layers", "0", "--patience", "10"],
+    "sft": [
+        *stages.COMMON, "--epochs", "2", "--learning-rate", "4e-3", "--users-to", "0.6",
+        "--targets-per-user", "1",
+    ],
+    "dpo": [
+        *stages.COMMON, "--learning-rate", "5e-4", "--users-from", "0.6", "--users-to", "0.75",
+        "--targets-per-user", "1", "--dataset", "movielens",
+    ],
+    "test": ["--users-from", "0.75", "--batch", "16"],
+}
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.studies.reranking")
+    result.add_argument("--out", required=True, type=Path)
+    result.add_argument("--data", help="folder in the native layout; none: cold Posterland")
+    result.add_argument("--model", help="with --data: the checkpoint")
+    result.add_argument("--retriever", choices=["brmrs", "matrix", "sequence"], default="brmrs")
+    result.add_argument("--candidates", type=int, default=10, help="length of every list")
+    result.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
+    result.add_argument("--seed", type=int, default=2025)
+    result.add_argument("--users", type=int, default=USERS, help="of Posterland")
+    for stage, default in POSTERLAND.items():
+        result.add_argument(f"--{stage}", help=f"on Posterland: {shlex.join(default)}")
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
+from hanorec.base.config_brmrs import BrmrsConfig, BrmrsFiles
 from hanorec.baselines import matrix_training, sequence_training
 from hanorec.baselines.config import MatrixConfig, SequenceConfig, VectorFiles
-from hanorec.datasets.posterland import make_posterland
 from hanorec.run.record import check_settings
-from hanorec.studies import stages
 from hanorec.studies.reranking_places import target_places
 from hanorec.studies.reranking_table import read_seed, summarise, table
 from hanorec.studies.runs import (
@@ -61,21 +97,6 @@ POLICIES = {
     "base": "", "SFT, random lists": "train_sft", "SFT": "train_sft", "HaNoRec": "train_dpo",
 }
 
-USERS, COLD = 3600, 1 / 3
-POSTERLAND = {
-    # items are their features alone, so that a film without users has a place, too
-    "retrieval": ["--item-embedding", "none", "--layers", "0", "--patience", "10"],
-    "sft": [
-        *stages.COMMON, "--epochs", "2", "--learning-rate", "4e-3", "--users-to", "0.6",
-        "--targets-per-user", "1",
-    ],
-    "dpo": [
-        *stages.COMMON, "--learning-rate", "5e-4", "--users-from", "0.6", "--users-to", "0.75",
-        "--targets-per-user", "1", "--dataset", "movielens",
-    ],
-    "test": ["--users-from", "0.75", "--batch", "16"],
-}
-
 
 class Study(NamedTuple):
     """What all seeds share."""
@@ -88,18 +109,7 @@ class Study(NamedTuple):
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's flags, and those of each stage. InputError for what does not go together."""
-    parser = Parser(__doc__, prog="python -m hanorec.studies.reranking")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--data", help="folder in the native layout; none: cold Posterland")
-    parser.add_argument("--model", help="with --data: the checkpoint")
-    parser.add_argument("--retriever", choices=RETRIEVERS, default="brmrs")
-    parser.add_argument("--candidates", type=int, default=10, help="length of every list")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
-    parser.add_argument("--seed", type=int, default=2025)
-    parser.add_argument("--users", type=int, default=USERS, help="of Posterland")
-    for stage, default in POSTERLAND.items():
-        parser.add_argument(f"--{stage}", help=f"on Posterland: {shlex.join(default)}")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
 
     for name in ("seeds", "users"):
         if getattr(args, name) < 1:
@@ -197,7 +207,3 @@ def evaluate(study: Study, here: Path, data: str, split: str) -> None:
 def spent(here: Path, name: str) -> Path:
     """The file of a stage's CPU seconds."""
     return here / "cpu" / f"{name}.json"
-
-
-if __name__ == "__main__":
-    run(main)

@@ -11,12 +11,24 @@ from itertools import product
 from pathlib import Path
 from statistics import NormalDist
 
+from hanorec.base import command
+from hanorec.base.flags import Parser
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.studies.theory")
+    result.add_argument("pairs", nargs="?", type=Path, help="pairs.tsv of a run")
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
 import numpy as np
 import torch
 
-from hanorec.base.command import run
 from hanorec.base.errors import InputError
-from hanorec.base.flags import Parser
 from hanorec.hars import hardness
 from hanorec.readings import standardised_hardness
 from hanorec.studies.audit_run import table
@@ -160,16 +172,10 @@ def print_sizes(gaps: dict[str, np.ndarray]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("pairs", nargs="?", type=Path, help="pairs.tsv of a run")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     gaps = example_gaps()
     if args.pairs is not None:
         gaps[str(args.pairs)] = read_gaps(args.pairs)
     print_bound()
     print_pull()
     print_sizes(gaps)
-
-
-if __name__ == "__main__":
-    run(main)

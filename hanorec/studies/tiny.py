@@ -13,6 +13,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hanorec.base import command
+from hanorec.base.flags import Parser
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(__doc__, prog="python -m hanorec.studies.tiny")
+    result.add_argument("family", choices=["qwen2_vl", "qwen2_5_vl", "llava_next"])
+    result.add_argument("out", type=Path)
+    result.add_argument(
+        "--titles", type=Path, help="a data set folder whose titles train the tokenizer")
+    result.add_argument("--width", type=int, default=64)
+    result.add_argument("--layers", type=int, default=2)
+    result.add_argument("--vocabulary", type=int, default=1024)
+    result.add_argument("--seed", type=int, default=0)
+    return result
+
+
+if __name__ == "__main__":
+    command.start(__file__, parser().parse_args)  # --help needs no torch
+
 import torch
 from transformers import (
     AutoModelForImageTextToText,
@@ -26,10 +47,8 @@ from transformers import (
     Qwen2VLImageProcessor,
 )
 
-from hanorec.base.command import run
 from hanorec.base.errors import InputError
 from hanorec.base.files import claim_folder
-from hanorec.base.flags import Parser
 from hanorec.datasets.catalog import load_catalog
 from hanorec.mllm.backbone import FAMILIES
 from hanorec.studies.tiny_text import write_text_files
@@ -166,22 +185,9 @@ def _llava_config(
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("out", type=Path)
-    parser.add_argument(
-        "--titles", type=Path, help="a data set folder whose titles train the tokenizer")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser().parse_args()
     texts = load_catalog(args.titles).titles if args.titles else []
     out = claim_folder(args.out)
     make_checkpoint(
         args.family, out, texts, args.width, args.layers, args.seed, vocabulary=args.vocabulary)
     print(f"wrote {args.out}: {args.family} with random weights")
-
-
-if __name__ == "__main__":
-    run(main)
