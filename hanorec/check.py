@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     group = result.add_argument_group("as in a run")
     group.add_argument("--task", choices=["ranking", "binary"], default=DataConfig.task)
     group.add_argument("--history", type=int, metavar="N", default=DataConfig.history)
+    group.add_argument("--targets", type=int, metavar="N", default=DataConfig.targets)
     group.add_argument("--candidates", type=int, metavar="N", default=DataConfig.candidates)
     group.add_argument("--images", choices=["own", "none"], default=DataConfig.images)
     group.add_argument(
@@ -53,7 +54,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    names = ("task", "history", "candidates", "images", "candidate_images", "max_title_tokens")
+    names = (
+        "task", "history", "targets", "candidates", "images", "candidate_images",
+        "max_title_tokens",
+    )
     config = DataConfig(str(args.data), **{name: getattr(args, name) for name in names})
     if not args.data.is_dir():
         raise InputError(f"{args.data}: not a folder; check the path")
@@ -87,7 +91,7 @@ def inspect(
     data = inspection.inspect_users(catalog, findings)
     print_folder(catalog, data, config)
     examples = inspection.inspect_examples(
-        catalog, data, args.targets_per_user, config.history, findings
+        catalog, data, config, args.targets_per_user, findings
     )
     shown = catalog
     if backbone is not None:
@@ -100,7 +104,7 @@ def inspect(
     for split, every in examples.items():
         items = shown if split == "train" else catalog  # as the runs draw
         examples[split] = inspection.inspect_candidates(
-            items, every, config.candidates - 1, args.seed, findings
+            items, every, config.candidates - config.targets, args.seed, findings
         )
     if backbone is not None:
         inspect_rows(builder, alike, examples, sizes, args.max_pixels, args.seed, findings)

@@ -49,6 +49,7 @@ from hanorec.run.inputs import check_named_adapter
 from hanorec.run.record import close_run
 
 COPIED = (".json", ".jinja", ".txt", ".model")  # of a checkpoint, beside its weights
+TEMPLATES = "additional_chat_templates"  # its folder of named ones, the default perhaps among them
 
 
 def copy_other_files(source: Path, backbone: Backbone, out: Path) -> None:
@@ -59,6 +60,8 @@ def copy_other_files(source: Path, backbone: Backbone, out: Path) -> None:
             wanted = path.is_file() and path.suffix in COPIED and not index_of_shards
             if wanted and not (out / path.name).exists():
                 shutil.copy2(path, out / path.name)
+        if (source / TEMPLATES).is_dir():
+            shutil.copytree(source / TEMPLATES, out / TEMPLATES)
         return
 
     if backbone.family == "llava_next":

@@ -21,7 +21,7 @@ import evaluate
 import train_sft
 from hanorec import check
 from hanorec.base.command import run
-from hanorec.base.config import DataConfig, TrainConfig
+from hanorec.base.config import DataConfig, EvalConfig, TrainConfig
 from hanorec.base.errors import InputError
 from hanorec.datasets.candidates import draw_candidates
 from hanorec.datasets.catalog import load_catalog
@@ -36,6 +36,8 @@ from hanorec.mllm.prompts import text_ids
 from hanorec.mllm.remedies import mildest
 from hanorec.mllm.ruler import Ruler
 from hanorec.mllm.tasks import load_examples, preferences, scoring_rows
+from hanorec.mllm.written import longest_answer
+from hanorec.ranking.candidate_sets import held_out, list_sets
 
 KEPT = 20  # images of the small world
 VAL = "data/val.tsv"
@@ -326,6 +328,54 @@ def test_rows_are_as_long_as_those_of_the_runs(world, checkpoints, task):
             lengths.add(length)
         assert ruler.at_most(example) <= ruler.at_most(replace(example, candidates=()))
     assert len(lengths) > 5
+
+
+def test_rows_of_lists_are_as_long_as_those_of_the_runs(world):
+    """--targets 3: evaluation writes the longest titles, training any of the candidates'."""
+    _, builder, _ = toy.source_of(world / "data", {"qwen2_5_vl": world / "model"}, candidates=6)
+    config = replace(builder.config, targets=3)
+    builder = replace(builder, config=config)
+    train = TrainConfig(out="", targets_per_user=3)
+    _, examples = load_examples(builder.backbone, config, train)
+    options = {"history": 2, "candidates": 6, "targets": 3}
+    ruler = Ruler(outline_of(world / "model", world / "data", **options), seed=2025)
+    for example in examples:
+        longest = longest_answer(builder, example)
+        length, _ = ruler.longest(example, False)
+        assert length == len(longest.prompt) + len(longest.answers[0]) <= ruler.at_most(example)
+        (pair,) = preferences(builder, [example], 2025)
+        trained = max(len(pair.row.prompt) + len(answer) for answer in pair.row.answers)
+        assert trained <= ruler.longest(example, True)[0]
+        assert ruler.at_most(example) <= ruler.at_most(replace(example, candidates=()))
+    assert len(examples) > 20
+
+
+def test_lists_of_targets(world, look):
+    """Who has too few items is noted, where all have it is an error, as evaluate.py's."""
+    both(
+        add(TRAIN, "three\t5 6 7\nfour\t5 6 7 8\ntwice\t5 6 7 6\n"),
+        put(VAL, "three\t6\ntwice\t7\n"),
+    )(world)
+    flags = ["--targets", 3, "--candidates", 6, "--model", world / "model", "--max-pixels", 1024]
+    status, text = look(world / "data", *flags, "--all")
+    noted = "users of train.tsv without 3 different last items"
+    assert count(text, noted) == 2 and "    user 'three'\n    user 'twice'" in text
+    assert count(text, "users of val.tsv without 3 different last items") == 2
+    assert status == 1 and errors(text) == 1
+    assert "of 2 users in val.tsv nobody has 3 different targets and an earlier item" in text
+
+    data = DataConfig(str(world / "data"), targets=3, candidates=6)
+    config = EvalConfig("O", split="val")
+    held = held_out(data, config)
+    with pytest.raises(InputError, match="of 2 users in val.tsv nobody has 3 different targets"):
+        list_sets(held, data, config)
+
+    put(VAL, "four\t6\n")(world)  # 6 7 8 6: 7 8 6 are three
+    status, text = look(world / "data", *flags)
+    assert status == 0 and errors(text) == 0 and count(text, noted) == 2
+
+    status, text = look(world / "data", *flags, "--targets-per-user", 4)
+    assert status == 2 and "--targets-per-user 4 with --targets 3: expected a multiple" in text
 
 
 def test_the_quick_bound_holds_for_odd_titles(backbone, data):

@@ -21,6 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hanorec.base.errors import InputError
 from hanorec.datasets.images import read_image
+from hanorec.export import copy_other_files
 from hanorec.mllm.items import encode_pictures
 from hanorec.mllm.load import load_backbone
 from hanorec.mllm.prompts import (
@@ -343,6 +344,21 @@ def test_a_template_is_found_wherever_the_hub_has_it(
     theirs = their_ids(checkpoints[family], catalog, parts)
     assert encode_row(found, "u", parts, {}, [[1]]).prompt == theirs
     assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_merged_model_has_the_template_wherever_its_base_had_it(copy, place, tmp_path):
+    folder, out = copy("qwen2_vl"), tmp_path / "merged"
+    path = folder / "chat_template.jinja"
+    text = path.read_text()
+    path.unlink()
+    PLACES[place](folder, text)
+    out.mkdir()
+    copy_other_files(folder, load(folder), out)
+    shutil.copy2(folder / "model.safetensors", out)
+    assert load(out).template == text
+    of_base = {path.name for path in (folder / "additional_chat_templates").glob("*")}
+    assert of_base == {path.name for path in (out / "additional_chat_templates").glob("*")}
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_next"])

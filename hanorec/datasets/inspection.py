@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from hanorec.base.config import DataConfig
 from hanorec.base.errors import InputError, shown
 from hanorec.datasets.candidates import draw_candidates
 from hanorec.datasets.catalog import Catalog, load_catalog
@@ -24,6 +25,7 @@ from hanorec.datasets.interactions import (
     training_examples,
     with_seen,
 )
+from hanorec.datasets.lists import check_lists, list_examples, whole_sequences
 
 SPLITS = ("val", "test")
 THREADS = 2  # that decode images
@@ -146,21 +148,48 @@ def inspect_users(catalog: Catalog, findings: Findings) -> Interactions:
 
 
 def inspect_examples(
-    catalog: Catalog, data: Interactions, targets: int, history: int, findings: Findings
+    catalog: Catalog, data: Interactions, config: DataConfig, per_user: int, findings: Findings
 ) -> dict[str, list[Example]]:
-    """"train", "val" and "test" -> what is to be predicted there.
+    """"train", "val" and "test" -> what is to be predicted there, an item or a list (--targets).
 
-    targets, history: as of `hanorec.datasets.interactions.training_examples`.
+    per_user: how many of the last items of a training sequence are targets, 0 = all.
     """
     if not data.train:
         return {}
-    examples = {"train": training_examples(data, targets, history)}
-    for split in SPLITS:
-        examples[split] = heldout_examples(data, split, history)
+    if config.targets > 1:
+        examples = _lists(catalog, data, config, per_user, findings)
+    else:
+        examples = {"train": training_examples(data, per_user, config.history)}
+        for split in SPLITS:
+            examples[split] = heldout_examples(data, split, config.history)
     try:
         check_some(catalog.directory, examples["train"], data.train)
     except InputError as error:
         findings.error(error)
+    return examples
+
+
+def _lists(
+    catalog: Catalog, data: Interactions, config: DataConfig, per_user: int, findings: Findings
+) -> dict[str, list[Example]]:
+    """`inspect_examples` where each is a list."""
+    targets, examples = config.targets, {}
+    for split in ("train", *SPLITS):
+        sequences, last = data.train, per_user
+        if split != "train":
+            sequences, last = whole_sequences(data, split, data.train), targets
+        examples[split] = list_examples(sequences, targets, config.history, last)
+        having = {example.user for example in examples[split]}
+        findings.note(
+            f"users of {split}.tsv without {targets} different last items and an earlier one: they "
+            "give no example; lower --targets",
+            (f"user {shown(user)}" for user in sequences if user not in having),
+        )
+        if split != "train" and sequences:
+            try:
+                check_lists(catalog.directory, split, sequences, examples[split], targets)
+            except InputError as error:
+                findings.error(error)
     return examples
 
 

@@ -4,7 +4,8 @@ The authors' release trains and evaluates rankings so (its hit3): the three last
 answer of three titles, and candidates are these three and a few negatives.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from hanorec.base.errors import InputError
 from hanorec.datasets.interactions import Example, Interactions, Rows
@@ -38,6 +39,18 @@ def list_examples(
                 own.append(Example(user, earlier, newest[0], rows, also=newest[1:]))
         examples += reversed(own)
     return examples
+
+
+def check_lists(
+    directory: str | Path, split: str, sequences: Mapping[str, Rows], examples: Sequence[Example],
+    targets: int,
+) -> None:
+    """InputError where nobody in a split has enough items for an example."""
+    if not examples:
+        raise InputError(
+            f"{directory}: of {len(sequences)} users in {split}.tsv nobody has {targets} different "
+            "targets and an earlier item, expected some; lower --targets"
+        )
 
 
 def whole_sequences(data: Interactions, split: str, users: Iterable[str]) -> dict[str, Rows]:

@@ -108,7 +108,7 @@ def inspect_rows(
         training = split == "train"
         todo = every if alike else [e for e in every if ruler.at_most(e) > context]
         catalog = builder.shown if training else builder.catalog
-        drawn = draw_candidates(todo, catalog, config.candidates - 1, seed)
+        drawn = draw_candidates(todo, catalog, config.candidates - config.targets, seed)
         for example in tqdm(drawn, f"rows of {split}.tsv", leave=False, disable=None):
             try:
                 check_alike(builder, alike, example, training, seed)
@@ -132,8 +132,9 @@ def check_alike(
     builder: PromptBuilder, alike: Mapping[int, int], example: Example, training: bool, seed: int
 ) -> None:
     """InputError where a ranking prompt has two of a group as answers: any candidates in
-    evaluation, in training the target and the item that DPO rejects, with its defaults."""
-    if not alike or builder.config.task != "ranking":
+    evaluation, in training the target and the item that DPO rejects, with its defaults. An answer
+    of several titles (--targets) may have any."""
+    if not alike or builder.config.task != "ranking" or builder.config.targets > 1:
         return
     answers = list(example.candidates)
     if training:

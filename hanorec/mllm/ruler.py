@@ -45,9 +45,10 @@ class Ruler:
         """The most tokens of all else: the turn, the questions, the longest answer."""
         turn = self.builder.backbone.turn
         texts = [turn.before, turn.after, turn.lead, turn.ending]
-        texts += [prompts.HISTORY, prompts.WHICH, prompts.TITLE_ALONE]
+        texts += [prompts.HISTORY, prompts.WHICH, prompts.TITLE_ALONE, prompts.TITLES_ALONE]
         texts += [prompts.WHETHER, prompts.YES_OR_NO]
-        return len("".join(texts).encode()) + self.dearest + NUMBER
+        answer = self.builder.config.targets * (self.dearest + NUMBER)
+        return len("".join(texts).encode()) + answer
 
     def at_most(self, example: Example) -> int:
         """No row of the example takes more, whatever candidates may be drawn for it."""
@@ -69,7 +70,8 @@ class Ruler:
         are of images.
 
         training: a row of the ranking task may be answered by any candidate in either case, since
-        DPO rejects some; of the binary task training takes two candidates, evaluation all.
+        DPO rejects some, and of several titles (--targets) by those that take most tokens; of the
+        binary task training takes two candidates, evaluation all.
         """
         return max(self._lengths(example, training))
 
@@ -85,6 +87,10 @@ class Ruler:
         shown = self.builder.shown
         if self.builder.config.task == "ranking":
             titles = [shown.titles[row] for row in example.candidates]
+            targets = self.builder.config.targets
+            if targets > 1:
+                longest = sorted(titles, key=self.answer_length, reverse=True)
+                titles = ["\n".join(longest[:targets])]
             yield self.builder.ranking_parts(example), titles
             return
         items = list(example.candidates)

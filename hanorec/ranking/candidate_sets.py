@@ -29,7 +29,7 @@ from hanorec.datasets.interactions import (
     load_interactions,
     select_users,
 )
-from hanorec.datasets.lists import list_examples, whole_sequences
+from hanorec.datasets.lists import check_lists, list_examples, whole_sequences
 from hanorec.datasets.matched import draw_matched_candidates
 
 KINDS = {  # of `--sets`
@@ -133,11 +133,7 @@ def list_sets(held: HeldOut, data: DataConfig, config: EvalConfig) -> dict[str, 
     """
     sequences = whole_sequences(held.interactions, config.split, sorted(held.users))
     examples = list_examples(sequences, data.targets, data.history, data.targets)
-    if not examples:
-        raise InputError(
-            f"{data.data}: of {len(sequences)} users in {config.split}.tsv nobody has "
-            f"{data.targets} different targets and an earlier item, expected some; lower --targets"
-        )
+    check_lists(data.data, config.split, sequences, examples, data.targets)
     without = len(sequences) - len(examples)
     if without:
         print(f"note: {without} of {len(sequences)} users have too few items for --targets")
