@@ -14,7 +14,15 @@ from PIL import Image
 from hanorec.base.errors import InputError
 from hanorec.datasets.posterland import make_posterland
 from hanorec.metrics import paired_test
-from hanorec.studies import ablation, figures, overview, plots, plots_results, stages
+from hanorec.studies import (
+    ablation,
+    figures,
+    overview,
+    plots,
+    plots_audit,
+    plots_results,
+    stages,
+)
 
 
 def grey(path):
@@ -125,6 +133,46 @@ def test_one_order_and_one_spelling_of_rows():
     for row in figures.ORDER:
         assert figures.row_name(figures.folder_name(row)) == row
         assert figures.row_name(Path(stages.folder(Path("x"), row)).name) == row
+
+
+def test_the_ablation_of_the_page(tmp_path):
+    """Its figures show its tables: every row, in the one order, each mean within its intervals."""
+    tables = plots_audit.read_tables((ROOT / "docs" / "audit.md").read_text(encoding="utf-8"))
+    assert list(tables) == ["Posterland", "MovieLens-100K"]
+    rows = {"chance", "popularity", "base", "SFT", *ablation.ROWS}
+    for sets in tables.values():
+        assert list(sets) == ["random", "hard"]
+        for one in sets.values():
+            assert one["rows"].keys() == rows and one["seeds"] == 5
+            for name in rows - {"chance", "popularity", "DPO"}:
+                test = one["rows"][name]["against_control"]
+                for low, high in ([test["low"], test["high"]], test["over_seeds"]):
+                    assert low < test["difference"] < high < 0.1
+    one = tables["Posterland"]["hard"]
+    assert one["users"] == 1500
+    assert one["rows"]["base"]["values"]["NDCG@3"] == pytest.approx([0.567])
+    drawn = plots_results.draw_differences("Posterland", "DPO", tables["Posterland"])
+    assert dots(drawn.axes[0])["base"] == pytest.approx(-6.94)
+    plots_audit.main([str(ROOT / "docs" / "audit.md"), str(tmp_path)])
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(InputError, match="no tables of the ablation"):
+        plots_audit.main([str(ROOT / "docs" / "map.md"), str(tmp_path)])
+
+
+def test_the_noise_of_the_page():
+    noise = plots_audit.read_noise((ROOT / "docs" / "audit.md").read_text(encoding="utf-8"))
+    assert noise["clean"] == 2.897 and len(noise["curves"]) == 6
+    last = noise["curves"][-1]
+    assert last["name"] == "q, v, α/r = 4" and last["sigma"] == [0.01, 0.02, 0.05, 0.1]
+    assert (last["mean"][-1], last["deviation"][-1]) == (10.896, 0.943)
+
+
+def test_every_figure_of_a_page_is_there_and_no_other():
+    named = set()
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        text = page.read_text(encoding="utf-8")
+        named |= set(re.findall(r"\((?:docs/)?figures/([\w.-]+)\)", text))
+    assert named == {path.name for path in ROOT.glob("docs/figures/*")}
 
 
 def test_the_noise_curve(tmp_path):
