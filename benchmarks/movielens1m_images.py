@@ -1,18 +1,19 @@
 """What posters are worth to policies that were trained with them, on the same frozen candidates.
 
     python benchmarks/movielens1m_images.py DATA OUT --model BASE --runs ABLATION/ml-1m/seed-*
-        [--rows "SFT;DPO;HaNoRec"] [flags of evaluate.py]
+        [--rows "SFT;DPO;HaNoRec"] [--test FLAGS]
 
 DATA: MovieLens-1M in the native layout with real posters and movies.dat. --runs: a folder a seed of
-`hanorec.studies.ablation`, whose --test flags are to be given again. Every policy is asked four
-times: with the posters as they are; with every film showing another one's; without any; and with
-drawn covers, which say title and genres (OUT/drawn, a copy of DATA, has one for each film). Then
-EV-4: the cosine of titles and posters in ten groups of films, before and after.
+`hanorec.studies.ablation`, whose flags of evaluate.py, --test, are to be given again. Every policy
+is asked four times: with the posters as they are; with every film showing another one's; without
+any; and with drawn covers, which say title and genres (OUT/drawn, a copy of DATA, has one for each
+film). Then EV-4: the cosine of titles and posters in ten groups of films, before and after.
 
 OUT/CONDITION/seed-S: what evaluate.py writes; OUT/table.md is printed. The same command goes on.
 """
 
 import argparse
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def draw_covers(catalog: Catalog, genres: Mapping[str, list[str]], out: Path) ->
             draw_cover(title, genres[item]).save(folder / "images" / f"{item}.png")
 
 
-def evaluate_all(args: argparse.Namespace, flags: list[str]) -> dict[str, Seeds]:
+def evaluate_all(args: argparse.Namespace) -> dict[str, Seeds]:
     """Condition -> metrics.json of each seed, computed where it is missing."""
     found = {}
     for name, own in CONDITIONS.items():
@@ -70,7 +71,8 @@ def evaluate_all(args: argparse.Namespace, flags: list[str]) -> dict[str, Seeds]
             adapters = []
             for row in args.rows:
                 adapters += ["--adapter", str(seed / folder_name(row))]
-            asked = ["--model", args.model, "--data", str(data), *adapters, *flags, *own]
+            asked = ["--model", args.model, "--data", str(data), *adapters]
+            asked += [*shlex.split(args.test), *own]
             report = args.out / folder_name(name) / seed.name
             if not is_evaluated(report):
                 script("evaluate").main([*asked, "--out", str(report)])
@@ -189,7 +191,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="a folder a seed")
     parser.add_argument("--rows", default="SFT;DPO;HaNoRec", help="between semicolons")
-    args, flags = parser.parse_known_args()
+    parser.add_argument("--test", default="", help="flags of evaluate.py")
+    args = parser.parse_args()
     args.rows = [row.strip() for row in args.rows.split(";")]
     for seed in args.runs:
         for row in args.rows:
@@ -199,7 +202,7 @@ def main() -> None:
                     "hanorec.studies.ablation; run it first, or leave the row out of --rows"
                 )
     lock_folder(args.out)
-    text = table(evaluate_all(args, flags), args.rows, args.data)
+    text = table(evaluate_all(args), args.rows, args.data)
     write_text(args.out / "table.md", text)
     print(text)
 

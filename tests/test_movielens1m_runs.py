@@ -156,7 +156,7 @@ def test_the_four_conditions(films, checkpoints, tmp_path, monkeypatch, capsys):
             ])
     argv = [
         "", str(films), str(tmp_path / "out"), "--model", model, "--rows", "SFT; DPO",
-        "--users-from", "0.8", "--sets", "random", "--runs",
+        "--test", "--users-from 0.8 --sets random", "--runs",
         *map(str, sorted((tmp_path / "runs").iterdir())),
     ]
     monkeypatch.setattr(sys, "argv", argv)
