@@ -52,6 +52,8 @@ from hanorec.studies.map_rows import (
 )
 from hanorec.studies.map_world import World, measures
 
+ROOT = Path(__file__).parent.parent
+
 PAGE = Path(__file__).parent.parent / "docs" / "map.md"
 READS = [1, 2, 3]
 PLACES = ["--model", "M", "--data", "D"]
@@ -304,26 +306,50 @@ def test_the_page_judges_everything_that_is_finished(quick):
     assert "β-DPO, none wrong" not in map_tables.page({"E2": made_up("E2")})
 
 
-@pytest.mark.parametrize("experiment", list(plots_map.DRAWN))
-def test_figures(experiment, tmp_path, quick):
-    figure = plots_map.DRAWN[experiment](made_up(experiment))
-    assert all(axis.get_xlabel() for axis in figure.axes) and figure.axes[0].get_ylabel()
-    lines = figure.axes[-1].get_legend_handles_labels()[1]
-    assert len(lines) == len(set(lines)) >= 5
-    looks = set()
-    for container in figure.axes[-1].containers:
-        line = container.lines[0]
-        looks.add((line.get_linestyle(), line.get_marker(), line.get_color()))
-    assert len(looks) == len(lines)
-    (tmp_path / f"{experiment}.json").write_text(json.dumps(made_up(experiment)))
-    plots_map.main([str(tmp_path)])
-    with Image.open(tmp_path / f"{experiment}.png") as image:
+@pytest.mark.parametrize(("experiment", "begin"), [
+    ("E1", "row | cosine, start"), ("E2", "labels | row"), ("E3", "NDCG@3, validation"),
+])
+def test_figures(experiment, begin, tmp_path, quick):
+    """Drawn from the page that the study writes, and from the one in docs/."""
+    page = tmp_path / "map.md"
+    page.write_text(map_tables.page({experiment: made_up(experiment)}), encoding="utf-8")
+    name, draw = plots_map.DRAWN[begin]
+    text = (ROOT / "docs/map.md").read_text(encoding="utf-8")
+    for source in (page.read_text(encoding="utf-8"), text):
+        figure = draw(plots_map.find_table(source, begin))
+        assert f"map, {experiment}: " in figure.get_suptitle()
+        assert all(axis.get_xlabel() for axis in figure.axes) and figure.axes[0].get_ylabel()
+        lines = figure.axes[-1].get_legend_handles_labels()[1]
+        assert len(lines) == len(set(lines)) >= 5
+        looks = set()
+        for container in figure.axes[-1].containers:
+            line = container.lines[0]
+            looks.add((line.get_linestyle(), line.get_marker(), line.get_color()))
+        assert len(looks) == len(lines)
+    plots_map.main([str(page), str(tmp_path)])
+    with Image.open(tmp_path / name) as image:
         assert image.mode == "P"
+    assert len(list(tmp_path.glob("*.png"))) == 1  # no table of the others
+
+
+def test_a_figure_has_the_figures_of_its_table():
+    text = "row | cosine, start | cosine, end | clean h | accuracy\n---|---|---|---|---\n"
+    text += "DPO | 1.00 [1.00, 1.00] | 0 | 4.19 [3.72, 4.67] | 79\nnoise | 0.50 | 0 | -2.00 | 5\n"
+    table = plots_map.find_table(f"{text}\nother | table\n", "row | cosine, start")
+    assert [len(cells) for cells in table] == [5, 5, 5]
+    (axis,) = plots_map.draw_noise(table).axes
+    first, second = axis.containers
+    assert first.lines[0].get_xydata().tolist() == [[1, 4.19]]
+    low, high = first.lines[2][1].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((3.72, 4.67))
+    assert second.lines[0].get_xydata().tolist() == [[0.5, -2]]
 
 
 def test_nothing_to_draw(tmp_path):
-    with pytest.raises(InputError, match=r"holds none of E1\.json, E2\.json, E3\.json"):
-        plots_map.main([str(tmp_path)])
+    page = tmp_path / "map.md"
+    page.write_text("DPO | 1.00\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"map\.md: no table of an experiment"):
+        plots_map.main([str(page), str(tmp_path)])
 
 
 # ---- runs ----

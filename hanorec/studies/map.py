@@ -15,7 +15,7 @@ The same command again goes on where it stopped; an experiment at a time is the 
 docs/map.md has the predictions with their reasons. FLAGS, one string each, are put behind the
 defaults: those of train_sft.py, of train_dpo.py in each experiment, and of evaluate.py. OUT/E*.json
 holds every user's values, OUT/map.md the verdicts and tables, of all experiments that are finished;
-`python -m hanorec.studies.plots_map OUT` draws them.
+`python -m hanorec.studies.plots_map OUT/map.md FIGURES` draws them.
 """
 
 import argparse

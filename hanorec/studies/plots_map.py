@@ -1,9 +1,13 @@
-"""Figures of `hanorec.studies.map`, readable in grey: python -m hanorec.studies.plots_map OUT
+"""Figures of `hanorec.studies.map`, readable in grey, drawn from its tables.
 
-Of what is finished: E1.png noise kept or forgotten, E2.png noise of labels against form of the
-weights, E3.png epochs against beta0. Needs matplotlib (pip install -e .[plots]).
+    python -m hanorec.studies.plots_map OUT/map.md FIGURES
+    python -m hanorec.studies.plots_map docs/map.md docs/figures
+
+Of the tables that are there: map-E1.png noise kept or forgotten, map-E2.png noise of labels against
+form of the weights, map-E3.png epochs against beta0. Needs matplotlib (pip install -e .[plots]).
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,8 @@ from hanorec.base.flags import Parser
 def parser() -> Parser:
     """The command line."""
     result = Parser(__doc__, prog="python -m hanorec.studies.plots_map")
-    result.add_argument("out", type=Path, help="--out of hanorec.studies.map")
+    result.add_argument("page", type=Path, help="map.md, of hanorec.studies.map or of the docs")
+    result.add_argument("out", type=Path, help="folder for the figures")
     return result
 
 
@@ -26,32 +31,23 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hanorec.base.errors import InputError
-from hanorec.base.files import read_object
 from hanorec.studies.figures import MARKERS, STYLES, panels, save
-from hanorec.studies.map_claims import Estimate, Part, estimate, higher
-from hanorec.studies.map_rows import (
-    CONTROL,
-    GRID,
-    RHOS,
-    TUNED,
-    WEIGHTS,
-    epoch_cell,
-    epoch_run,
-    label_cell,
-    noise_cells,
-)
+from hanorec.studies.map_rows import CONTROL, GRID, RHOS, TUNED, WEIGHTS, epoch_run
+
+Table = list[list[str]]  # the cells of its lines, the head first
+Found = tuple[float, float, float]  # mean, and the ends of its interval
 
 
-def draw_noise(one: dict[str, Any]) -> Figure:
+def draw_noise(table: Table) -> Figure:
     """E1: what each row has learnt against how near its first update is to the clean one."""
     figure, (axis,) = panels(1, 6.5, 3.4)
-    for number, cell in enumerate(noise_cells()):
-        x, y = (
-            estimate(one["cells"], Part(measure, {cell: 1.0}), one["shared"])
-            for measure in ("cosine, start", "h"))
+    figure.suptitle("map, E1: noise kept or forgotten", fontsize=10)
+    for number, (cell, start, _, h, *_) in enumerate(table[1:]):
+        x, y = read(start), read(h)
         axis.errorbar(
-            x.mean, y.mean, xerr=reach([x]), yerr=reach([y]), color=shade(number),
-            marker=MARKERS[number % len(MARKERS)], linestyle="", capsize=2, label=cell)
+            x[0], y[0], xerr=reach([x]), yerr=reach([y]), color=shade(number),
+            marker=MARKERS[number % len(MARKERS)], markersize=7, markerfacecolor="white",
+            linestyle="", elinewidth=0.7, capsize=2, label=cell)
     axis.axhline(0, color="black", linestyle=":", linewidth=1)
     axis.set_xlabel("cosine of the first update with the clean one")
     axis.set_ylabel("clean h on pairs held out, nats")
@@ -59,16 +55,15 @@ def draw_noise(one: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_labels(one: dict[str, Any]) -> Figure:
+def draw_labels(table: Table) -> Figure:
     """E2: each form of the weights against plain DPO, over the share of labels that are wrong."""
+    gaps = {(labels, row): gap for labels, row, _, gap, *_ in table}
     figure, axes = panels(2, 4, 3.4, sharey=True)
+    figure.suptitle("map, E2: weights where labels are wrong", fontsize=10)
     for axis, which in zip(axes, ("hardest", "easiest"), strict=True):
         labels = ["none wrong", *(f"{which}, ρ {rho:g}" for rho in RHOS)]
         for number, row in enumerate(row for row in WEIGHTS if row != CONTROL):
-            found = []
-            for name in labels:
-                part = higher("accuracy", label_cell(row, name), label_cell(CONTROL, name))
-                found.append(estimate(one["cells"], part, one["shared"]))
+            found = [read(gaps[name, row]) for name in labels]
             curve(axis, np.array([0, *RHOS]) + 0.008 * (number - 2), found, number, row)
         axis.axhline(0, color="black", linewidth=1)
         axis.set_xlabel(f"ρ, wrong labels of the {which} 30%")
@@ -77,19 +72,19 @@ def draw_labels(one: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_epochs(one: dict[str, Any]) -> Figure:
+def draw_epochs(table: Table) -> Figure:
     """E3: each row over the epochs, a panel for each kind of negatives and beta0."""
+    head, *rows = table
+    reads = np.array([int(name.removeprefix("epoch ")) for name in head[1:]])
+    curves = {run: [read(cell) for cell in cells] for run, *cells in rows}
     places: list[tuple[str, float]] = []
     for negatives, beta0s in GRID.items():
         places += [(negatives, beta0) for beta0 in beta0s]
     figure, axes = panels(len(places), 3.6, 3.4, sharey=True)
-    reads = np.array(one["reads"])
+    figure.suptitle("map, E3: over-optimisation", fontsize=10)
     for axis, (negatives, beta0) in zip(axes, places, strict=True):
         for number, row in enumerate(TUNED):
-            run_name, found = epoch_run(row, negatives, beta0), []
-            for epoch in one["reads"]:
-                part = Part("NDCG@3", {epoch_cell(run_name, epoch): 1.0})
-                found.append(estimate(one["cells"], part, one["shared"]))
+            found = curves[epoch_run(row, negatives, beta0)]
             bars = number == 0  # the others' are as wide, and would hide the curves
             curve(axis, reads, found, number, row, bars)
         axis.set_xscale("log", base=2)
@@ -102,41 +97,56 @@ def draw_epochs(one: dict[str, Any]) -> Figure:
 
 
 def curve(
-    axis: Any, x: np.ndarray, found: Sequence[Estimate], number: int, name: str,
-    bars: bool = True,
+    axis: Any, x: np.ndarray, found: Sequence[Found], number: int, name: str, bars: bool = True,
 ) -> None:
     """A row's line, told apart by style, marker and shade; bars: with its intervals."""
     axis.errorbar(
-        x, [one.mean for one in found], yerr=reach(found) if bars else None, label=name,
+        x, [mean for mean, _, _ in found], yerr=reach(found) if bars else None, label=name,
         linestyle=STYLES[number % len(STYLES)], marker=MARKERS[number % len(MARKERS)],
         color=shade(number), markersize=4, capsize=2, linewidth=1)
 
 
-def reach(found: Sequence[Estimate]) -> np.ndarray:
-    """How far the intervals reach down and up, (2, n); 0 where there is none."""
-    ends = np.array([[one.mean - one.low, one.high - one.mean] for one in found]).T
-    return np.where(np.isfinite(ends), np.maximum(ends, 0), 0)
+def reach(found: Sequence[Found]) -> np.ndarray:
+    """How far the intervals reach down and up, (2, n)."""
+    ends = [(mean - low, high - mean) for mean, low, high in found]
+    return np.maximum(np.array(ends).T, 0)
 
 
 def shade(number: int) -> str:
     return "0.1" if number < len(STYLES) else "0.55"
 
 
-DRAWN: dict[str, Callable[[dict[str, Any]], Figure]] = {
-    "E1": draw_noise,
-    "E2": draw_labels,
-    "E3": draw_epochs,
+# How a table's head begins -> its figure, and who draws it.
+DRAWN: dict[str, tuple[str, Callable[[Table], Figure]]] = {
+    "row | cosine, start": ("map-E1.png", draw_noise),
+    "labels | row": ("map-E2.png", draw_labels),
+    "NDCG@3, validation": ("map-E3.png", draw_epochs),
 }
 
 
+def read(cell: str) -> Found:
+    """"0.35 [0.30, 0.41]" as (mean, low, high), all three alike where there is no interval."""
+    mean, *ends = map(float, re.findall(r"[-+]?\d+\.\d+", cell))
+    low, high = ends or (mean, mean)
+    return mean, low, high
+
+
+def find_table(text: str, begin: str) -> Table:
+    """That whose head begins so; empty where there is none."""
+    found = re.search(rf"^{re.escape(begin)} \|.*\n---.*\n(.+ \| .*\n?)+", text, re.MULTILINE)
+    if not found:
+        return []
+    head, _, *rows = found[0].splitlines()
+    return [[cell.strip() for cell in line.split("|")] for line in (head, *rows)]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    out = parser().parse_args(argv).out
-    finished = [name for name in DRAWN if (out / f"{name}.json").exists()]
-    if not finished:
+    args = parser().parse_args(argv)
+    text = args.page.read_text(encoding="utf-8")
+    tables = {begin: table for begin in DRAWN if (table := find_table(text, begin))}
+    if not tables:
         raise InputError(
-            f"{out}: holds none of {', '.join(f'{name}.json' for name in DRAWN)}, expected --out "
-            "of hanorec.studies.map with an experiment that is finished")
-    for name in finished:
-        figure = DRAWN[name](read_object(out / f"{name}.json"))
-        path = save(figure, out / f"{name}.png")
-        print(f"wrote {path}")
+            f"{args.page}: no table of an experiment, expected map.md of hanorec.studies.map")
+    for begin, table in tables.items():
+        name, draw = DRAWN[begin]
+        print(f"wrote {save(draw(table), args.out / name)}")
