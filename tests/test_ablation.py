@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import toy
+from pages import MOST_COLUMNS
 from PIL import Image
 
 from hanorec.base.config import DataConfig, DpoConfig, ModelConfig, TrainConfig
@@ -126,6 +127,8 @@ def test_the_table_has_every_row_and_the_published_figure(small, data):
         assert one["seeds"] == 2 and one["users"] == 24 and one["same_users"]
     text = (out / "table-test.md").read_text()
     assert text.count("\nDPO | ") == 2 and text.count("49.82") == 2
+    assert text.count("\nSFT | ") == 4  # its values, and its difference to DPO
+    assert max(line.count(" | ") for line in text.splitlines()) < MOST_COLUMNS
 
 
 def test_it_goes_on_where_it_stopped(small, monkeypatch):

@@ -21,10 +21,8 @@ PUBLISHED = {
 
 T_975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t for 2 .. 10 seeds
 
-COLUMNS = [
-    "row", *METRICS, f"− {CONTROL}", "over users", "over seeds", "above", "CPU s",
-    "published, MicroLens",
-]
+VALUES = ["row", *METRICS, "CPU s", "published, MicroLens"]
+DIFFERENCES = ["row", f"− {CONTROL}", "over users", "over seeds", "above"]
 
 
 def summarise(seeds: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -116,14 +114,18 @@ def against(
 
 
 def table(results: Mapping[str, Any], split: str) -> str:
-    """Markdown, in percent: a table for each data set and candidate set of the results."""
+    """Markdown, in percent: two tables for each data set and candidate set of the results."""
     lines = []
     for data, sets in results.items():
         for kind, one in sets.items():
-            lines += [_caption(data, kind, split, one), *head(COLUMNS)]
+            lines += [_caption(data, kind, split, one), *head(VALUES)]
             known = ["chance", "popularity"]
             for row in [*known, *(name for name in one["rows"] if name not in known)]:
-                lines.append(line([row, *_cells(row, one["rows"][row], one["seeds"])]))
+                lines.append(line([row, *_values(row, one["rows"][row])]))
+            lines += ["", *head(DIFFERENCES)]
+            for row, entry in one["rows"].items():
+                if "against_control" in entry:
+                    lines.append(line([row, *against_cells(entry, one["seeds"])]))
     return "\n".join(lines) + "\n"
 
 
@@ -133,14 +135,13 @@ def _caption(data: str, kind: str, split: str, one: Mapping[str, Any]) -> str:
         pairs = "the same users in every seed, averaged over the seeds"
     return (
         f"\n**{data}, {kind} candidates**, {split}: mean ± deviation over {one['seeds']} seed(s), "
-        f"percent. Difference to {CONTROL} in NDCG@3, in points: 95% interval over {one['users']} "
-        f"users ({pairs}); 95% interval over the seeds; seeds above.\n")
+        f"percent; then the difference to {CONTROL} in NDCG@3, in points: 95% interval over "
+        f"{one['users']} users ({pairs}); 95% interval over the seeds; seeds above.\n")
 
 
-def _cells(row: str, entry: Mapping[str, Any], seeds: int) -> list[str]:
-    """All columns of a row but its name."""
+def _values(row: str, entry: Mapping[str, Any]) -> list[str]:
+    """The cells of `VALUES`, but for the row's name."""
     cells = [percent(entry["values"][metric], row != "chance") for metric in METRICS]
-    cells += against_cells(entry, seeds)
     cells.append(mean_cell(entry.get("cpu_seconds", [])))
     cells.append(f"{PUBLISHED[row]:.2f}" if row in PUBLISHED else "")
     return cells
