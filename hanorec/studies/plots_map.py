@@ -76,7 +76,7 @@ def draw_epochs(table: Table) -> Figure:
     """E3: each row over the epochs, a panel for each kind of negatives and beta0."""
     head, *rows = table
     reads = np.array([int(name.removeprefix("epoch ")) for name in head[1:]])
-    curves = {run: [read(cell) for cell in cells] for run, *cells in rows}
+    curves = {run: list(map(read, cells)) for run, *cells in rows}
     places: list[tuple[str, float]] = []
     for negatives, beta0s in GRID.items():
         places += [(negatives, beta0) for beta0 in beta0s]
@@ -137,7 +137,7 @@ def find_table(text: str, begin: str) -> Table:
     if not found:
         return []
     head, _, *rows = found[0].splitlines()
-    return [[cell.strip() for cell in line.split("|")] for line in (head, *rows)]
+    return [re.split(r" \| ?", line) for line in (head, *rows)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
