@@ -52,8 +52,6 @@ from hanorec.studies.map_rows import (
 )
 from hanorec.studies.map_world import World, measures
 
-ROOT = Path(__file__).parent.parent
-
 PAGE = Path(__file__).parent.parent / "docs" / "map.md"
 READS = [1, 2, 3]
 PLACES = ["--model", "M", "--data", "D"]
@@ -314,7 +312,7 @@ def test_figures(experiment, begin, tmp_path, quick):
     page = tmp_path / "map.md"
     page.write_text(map_tables.page({experiment: made_up(experiment)}), encoding="utf-8")
     name, draw = plots_map.DRAWN[begin]
-    text = (ROOT / "docs/map.md").read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     for source in (page.read_text(encoding="utf-8"), text):
         figure = draw(plots_map.find_table(source, begin))
         assert f"map, {experiment}: " in figure.get_suptitle()
