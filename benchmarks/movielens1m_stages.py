@@ -216,13 +216,14 @@ def language_weights(backbone: Backbone) -> list[nn.Parameter]:
 
 def teach_ranking(
     before: Path, out: Path, work: Path, data: Path, candidate_images: str, scale: Scale,
-    seed: int, device: str, clock: Clock,
+    seed: int, device: str, clock: Clock, images: str = "own",
 ) -> bool:
     """SFT-1 on the ranking prompt, as benchmarks/movielens_base.py has it."""
     backbone = load_backbone(str(before), "float32", device)
     work.mkdir(parents=True, exist_ok=True)
     shown = DataConfig(
-        data=str(data), candidate_images=candidate_images, users_to=USERS_TO, features=str(work)
+        data=str(data), images=images, candidate_images=candidate_images, users_to=USERS_TO,
+        features=str(work),
     )
     wanted = TrainConfig(out="", targets_per_user=scale.targets, seed=seed)
     source, examples = load_examples(backbone, shown, wanted)

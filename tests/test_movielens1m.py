@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from toy import apart
 
 from hanorec.base.errors import InputError
-from hanorec.datasets.catalog import load_catalog
+from hanorec.base.files import read_object, write_json
+from hanorec.datasets.catalog import data_hash, load_catalog
 from hanorec.datasets.images import read_image
 from hanorec.datasets.posterland import GENRES, STYLES, make_items, make_posterland
 from hanorec.mllm.backbone import image_features
@@ -34,6 +35,7 @@ import movielens1m_names as names
 import movielens1m_posters as teaching
 import movielens1m_probes as probes
 import movielens1m_stages as stages
+import movielens1m_titles as titles
 from smollm2_llava import wrap
 
 TOY = stages.Scale(
@@ -144,6 +146,66 @@ def test_the_card_says_what_was_taught(made):
 
 def known_held(made):
     return int(teaching.load_posters(made / "posters.safetensors").held.sum())
+
+
+# ---- the last stage with titles alone ----
+
+
+@pytest.fixture
+def command(data, made, tmp_path, monkeypatch):
+    """benchmarks/movielens1m_titles.py on the toy base."""
+    base_of = tmp_path / "base"
+    shutil.copytree(made / "names", base_of / "names")
+    known = {"data": data_hash(load_catalog(data)), "scale": vars(TOY)}
+    write_json(base_of / "settings.json", known)
+    argv = ["", str(data), str(tmp_path / "out"), "--base", str(base_of), "--seeds", "1", "2"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu", "--test", "--sets random"])
+    return base_of
+
+
+def test_with_posters_the_last_stage_is_the_bases_own(data, made, tmp_path):
+    stages.teach_ranking(
+        made / "names", tmp_path / "base", tmp_path / "work", data, "off", TOY, 2025, "cpu",
+        lambda: False,
+    )
+    one, other = (load_file(folder / "base/model.safetensors") for folder in (made, tmp_path))
+    assert all(torch.equal(weight, other[key]) for key, weight in one.items())
+
+
+def test_what_posters_add(command, tmp_path, capsys):
+    titles.main()
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in lines if line.startswith("titles")}
+    assert {len(line) for line in cells.values()} == {8}
+    gaps = []
+    for seed in ("seed-1", "seed-2"):
+        ndcg, weights = {}, {}
+        for row in titles.ROWS:
+            here = tmp_path / "out" / seed / row.replace(" ", "-")
+            report = read_object(here / "test" / "metrics.json")
+            assert report["settings"]["images"] == titles.ROWS[row]
+            one = report["sets"]["random"]["policies"]["base"]
+            ndcg[row] = one["metrics"]["NDCG@3"]["value"]
+            weights[row] = load_file(here / "base" / "model.safetensors")
+        one, other = weights.values()
+        changed = [key for key in one if not torch.equal(one[key], other[key])]
+        assert changed and all("language" in key for key in changed)
+        gaps.append(ndcg["titles and posters"] - ndcg["titles alone"])
+    told = float(cells["titles and posters"][4])
+    assert told == pytest.approx(100 * np.mean(gaps), abs=0.006)
+    capsys.readouterr()
+    titles.main()  # nothing is done again
+    assert "seed 1" not in capsys.readouterr().out
+
+
+def test_a_base_of_other_data(command):
+    known = read_object(command / "settings.json")
+    write_json(command / "settings.json", known | {"data": "0"})
+    with pytest.raises(InputError, match="made of data of hash 0, .*give the data folder"):
+        titles.main()
+    (command / "settings.json").unlink()
+    with pytest.raises(InputError, match=r"settings.json: no such file; expected in --base"):
+        titles.main()
 
 
 # ---- posters ----
