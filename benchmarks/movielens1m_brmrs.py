@@ -11,7 +11,8 @@ DATA: MovieLens-1M in the native layout with real posters. OUT/own, as users of 
 have it: the chosen users with all that they had, of each the last tenth test and the tenth before
 it validation; all items, with the mean of EfficientNet-lite0's grid of the poster (1280 numbers)
 and of SmolLM2-135M-Instruct's last hidden states of the title (576). An item without a poster has
-the mean of the others. OUT/others, a control: every film with another one's poster.
+the mean of the others. OUT/others, a control: every film with another one's poster. What popularity
+alone recalls of the test is printed.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from hanorec.datasets.catalog import Catalog, load_catalog
 from hanorec.datasets.images import read_image
 from hanorec.datasets.interactions import load_interactions, select_users
 from hanorec.datasets.mmrec import RankingData, write_mmrec
+from hanorec.ranking.full_ranking import target_ranks, user_rows
+from hanorec.ranking.sampler import Seen
 
 BATCH = 16
 
@@ -101,6 +104,16 @@ def split_pairs(sequences: list[tuple[int, ...]]) -> dict[str, Tensor]:
     return {split: torch.tensor(pairs).T.contiguous() for split, pairs in splits.items()}
 
 
+def popularity(data: RankingData) -> dict[str, float]:
+    """Recall and NDCG on the test of the items by their number of training pairs."""
+    count = torch.bincount(data.train[1], minlength=len(data.items)).float()  # (I,)
+    anyone = torch.ones(len(data.users), 1)
+    seen = Seen(*data.train, len(data.users))
+    ranks = target_ranks(anyone, count[:, None], data.test, seen)  # (T,)
+    _, rows = user_rows(ranks, data.test[0], (10, 20))
+    return {name: float(values.mean()) for name, values in rows.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -129,6 +142,8 @@ def main() -> None:
             data = RankingData("ml-1m", tuple(users), catalog.ids, **pairs, features=features)
             write_mmrec(folder / name, data)
     print(f"wrote {args.out}: {len(users)} users, text {text.shape[1]}, image {image.shape[1]}")
+    told = [f"{name} {100 * value:.2f}" for name, value in popularity(data).items()]
+    print("popularity, test, percent:", ", ".join(told))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,20 @@ def test_each_user_is_split_in_time():
     assert pairs["test"].tolist() == [[0, 0, 1], [18, 19, 4]]
 
 
+def test_popularity_by_hand():
+    """Film 0 has two training pairs, 1 and 2 have one each, 3 has none."""
+    pairs = {
+        "train": torch.tensor([[0, 1, 1, 2], [0, 0, 1, 2]]),
+        "valid": torch.tensor([[0], [3]]),
+        "test": torch.tensor([[0, 1, 2], [1, 3, 0]]),
+    }
+    data = brmrs.RankingData("toy", ("a", "b", "c"), tuple("wxyz"), **pairs, features={})
+    # film 1 ties with 2 and comes second of three; 3 is the last of two; 0 leads
+    ndcg = (2 / np.log2(3) + 1) / 3
+    assert brmrs.popularity(data)["NDCG@10"] == pytest.approx(ndcg)
+    assert brmrs.popularity(data)["Recall@20"] == 1
+
+
 def test_the_folder_is_what_train_brmrs_takes(films, tmp_path, monkeypatch):
     catalog = load_catalog(films)
     monkeypatch.setattr(brmrs, "load_teacher", lambda *_: mean_colour)
