@@ -55,8 +55,12 @@ GRID: dict[str, list[dict[str, Any]]] = {  # row -> candidates; what BPR chooses
     "BPR + Syn": SYNERGY,
     "BPR + Syn, detached": SYNERGY,
 }
-# take what these rows chose
-JOINT = {"full": ("BPR + CHNS", "BPR + Syn"), "full, without BPR": ("BPR + CHNS", "BPR + Syn")}
+JOINT = {  # take what these rows chose
+    "full": ("BPR + CHNS", "BPR + Syn"),
+    "full, same-modal hard": ("BPR + same-modal hard", "BPR + Syn"),
+    "full, random routing": ("BPR + random routing", "BPR + Syn"),
+    "full, without BPR": ("BPR + CHNS", "BPR + Syn"),
+}
 
 
 def five_core(user: np.ndarray, item: np.ndarray) -> np.ndarray:

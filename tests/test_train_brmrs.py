@@ -412,11 +412,13 @@ def test_ablation_rows_are_what_their_names_say():
         "BPR + Syn": (no, yes, yes, no, no, "cross", no),
         "BPR + Syn, detached": (no, yes, yes, no, no, "cross", yes),
         "full": (yes, yes, yes, no, no, "cross", no),
+        "full, same-modal hard": (yes, yes, yes, no, no, "same", no),
+        "full, random routing": (yes, yes, yes, no, no, "random", no),
         "full, without BPR": (yes, yes, no, no, no, "cross", no),
     }
     assert CONTROLS == [
         "BPR", "BPR, hard by s_f", "BPR + unimodal BPR", "BPR + same-modal hard",
-        "BPR + random routing",
+        "BPR + random routing", "full, same-modal hard", "full, random routing",
     ]
 
 
@@ -485,7 +487,7 @@ def test_ablation_command(folder, tmp_path, capsys):
     ]
     brmrs_ablation.main(flags)
     table = (tmp_path / "out" / "table.md").read_text()
-    assert all(f"\n{name} | " in table for name in ROWS) and "50 tests" in table
+    assert all(f"\n{name} | " in table for name in ROWS) and "70 tests" in table
     with pytest.raises(SystemExit):
         run(partial(brmrs_ablation.main, [*flags, "--seeds", "0"]))
     assert "--seeds 0" in capsys.readouterr().err

@@ -63,10 +63,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "BPR + Syn": {"lambda_h": 0.0},
     "BPR + Syn, detached": {"lambda_h": 0.0, "detach": True},
     "full": {},
+    "full, same-modal hard": {"routing": "same"},
+    "full, random routing": {"routing": "random"},
     "full, without BPR": {"bpr_weight": 0.0},
 }
 
-CONTROLS = list(ROWS)[:5]
+CONTROLS = [
+    "BPR", "BPR, hard by s_f", "BPR + unimodal BPR", "BPR + same-modal hard",
+    "BPR + random routing", "full, same-modal hard", "full, random routing",
+]
 
 Runs = Mapping[str, Sequence[dict[str, Any]]]  # row -> `run_row` of each seed
 
