@@ -449,6 +449,7 @@ def test_ablation_report(ablation):
     assert {(t["row"], t["against"]) for t in results["paired"]} == {
         ("BPR + CHNS", "BPR"),
         ("full", "BPR"),
+        ("full", "BPR + CHNS"),
     }
 
 
@@ -487,7 +488,7 @@ def test_ablation_command(folder, tmp_path, capsys):
     ]
     brmrs_ablation.main(flags)
     table = (tmp_path / "out" / "table.md").read_text()
-    assert all(f"\n{name} | " in table for name in ROWS) and "70 tests" in table
+    assert all(f"\n{name} | " in table for name in ROWS) and "78 tests" in table
     with pytest.raises(SystemExit):
         run(partial(brmrs_ablation.main, [*flags, "--seeds", "0"]))
     assert "--seeds 0" in capsys.readouterr().err

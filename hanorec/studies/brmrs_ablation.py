@@ -157,16 +157,18 @@ def _row_results(config: BrmrsConfig, of_seed: Sequence[dict[str, Any]]) -> dict
 
 
 def compare(found: Runs) -> list[dict[str, Any]]:
-    """Each row that is no control against each control, on the same users.
+    """Each row that is no control against each control, and "full" against every other row, on the
+    same users.
 
     Each user's values are averaged over the seeds.
     """
-    controls = [name for name in CONTROLS if name in found]
     tests = []
     for name, of_seed in found.items():
         if name in CONTROLS:
             continue
-        for control in controls:
+        for control in found:
+            if control == name or (name != "full" and control not in CONTROLS):
+                continue
             for metric in TESTED:
                 test = _test(of_seed, found[control], metric)
                 tests.append({"row": name, "against": control, "metric": metric, **test})
