@@ -13,6 +13,7 @@ seeds.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "BPR + CHNS": {"lambda_s": 0.0},
     "BPR + Syn": {"lambda_h": 0.0},
     "BPR + Syn, detached": {"lambda_h": 0.0, "detach": True},
-    "full": {},
     "full, same-modal hard": {"routing": "same"},
     "full, random routing": {"routing": "random"},
+    "full": {},
     "full, without BPR": {"bpr_weight": 0.0},
 }
-
-CONTROLS = [
-    "BPR", "BPR, hard by s_f", "BPR + unimodal BPR", "BPR + same-modal hard",
-    "BPR + random routing", "full, same-modal hard", "full, random routing",
-]
 
 Runs = Mapping[str, Sequence[dict[str, Any]]]  # row -> `run_row` of each seed
 
@@ -157,21 +153,15 @@ def _row_results(config: BrmrsConfig, of_seed: Sequence[dict[str, Any]]) -> dict
 
 
 def compare(found: Runs) -> list[dict[str, Any]]:
-    """Each row that is no control against each control, and "full" against every other row, on the
-    same users.
+    """Each row against each one above it, on the same users.
 
     Each user's values are averaged over the seeds.
     """
     tests = []
-    for name, of_seed in found.items():
-        if name in CONTROLS:
-            continue
-        for control in found:
-            if control == name or (name != "full" and control not in CONTROLS):
-                continue
-            for metric in TESTED:
-                test = _test(of_seed, found[control], metric)
-                tests.append({"row": name, "against": control, "metric": metric, **test})
+    for above, row in combinations(found, 2):
+        for metric in TESTED:
+            test = _test(found[row], found[above], metric)
+            tests.append({"row": row, "against": above, "metric": metric, **test})
     return tests
 
 
