@@ -29,12 +29,14 @@ from hanorec.base.config import DataConfig, TrainConfig
 from hanorec.base.errors import InputError
 from hanorec.base.files import read_object, whole_folder, write_json
 from hanorec.mllm.backbone import Backbone
+from hanorec.mllm.evaluation import shown_pictures
 from hanorec.mllm.load import load_backbone
 from hanorec.mllm.tasks import load_examples
 from hanorec.run.checkpoint import generators, load_checkpoint, save_checkpoint
 from hanorec.run.log import append_log
 
 USERS_TO = 0.4  # the users of SFT; those of the preference stage and of the test are others
+EXCHANGE = 2025  # of posters where images = "shuffled"; the --seed that evaluate.py exchanges by
 
 Clock = Callable[[], bool]  # whether the time of this piece is over
 
@@ -227,6 +229,7 @@ def teach_ranking(
     )
     wanted = TrainConfig(out="", targets_per_user=scale.targets, seed=seed)
     source, examples = load_examples(backbone, shown, wanted)
+    source.pictures.update(shown_pictures(source.pictures, images, EXCHANGE))
     steps = plan(len(examples), scale.batch // 2, 1, seed)
 
     def loss(step: int) -> Tensor:

@@ -1,8 +1,9 @@
-"""What posters add to the base: its last stage once more, with them and with titles alone.
+"""What posters add to the base: its last stage once more, with titles alone, with posters, and with
+other films' posters, which are as many tokens.
 
     python benchmarks/movielens1m_titles.py DATA OUT --base BASE [--seeds 2025 2026] [--test FLAGS]
 
-BASE: what benchmarks/movielens1m_base.py made of DATA. Both rows begin at BASE/names, have the same
+BASE: what benchmarks/movielens1m_base.py made of DATA. All rows begin at BASE/names, have the same
 rankings in the same order, and are asked, on the same candidates, in the form that taught them.
 
 OUT/seed-S/ROW: the checkpoint `base`, and `test`, what evaluate.py writes; OUT/table.md is printed.
@@ -30,7 +31,11 @@ from hanorec.studies.scripts import script
 from hanorec.studies.tables import against_cells, compare_rows, head, line, percent
 
 CONTROL = "titles alone"
-ROWS = {CONTROL: "none", "titles and posters": "own"}  # row -> --images
+ROWS = {  # row -> --images
+    CONTROL: "none",
+    "titles and posters": "own",
+    "titles and other films' posters": "shuffled",
+}
 
 Seed = Mapping[str, dict[str, Any]]  # row -> its evaluation
 

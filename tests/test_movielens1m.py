@@ -8,7 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import combinations, count
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from hanorec.datasets.posterland import GENRES, STYLES, make_items, make_posterl
 from hanorec.mllm.backbone import image_features
 from hanorec.mllm.load import load_backbone
 from hanorec.readings import rms
+from hanorec.studies.runs import folder_name
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -181,15 +182,15 @@ def test_what_posters_add(command, tmp_path, capsys):
     for seed in ("seed-1", "seed-2"):
         ndcg, weights = {}, {}
         for row in titles.ROWS:
-            here = tmp_path / "out" / seed / row.replace(" ", "-")
+            here = tmp_path / "out" / seed / folder_name(row)
             report = read_object(here / "test" / "metrics.json")
             assert report["settings"]["images"] == titles.ROWS[row]
             one = report["sets"]["random"]["policies"]["base"]
             ndcg[row] = one["metrics"]["NDCG@3"]["value"]
             weights[row] = load_file(here / "base" / "model.safetensors")
-        one, other = weights.values()
-        changed = [key for key in one if not torch.equal(one[key], other[key])]
-        assert changed and all("language" in key for key in changed)
+        for one, other in combinations(weights.values(), 2):
+            changed = [key for key in one if not torch.equal(one[key], other[key])]
+            assert changed and all("language" in key for key in changed)
         gaps.append(ndcg["titles and posters"] - ndcg["titles alone"])
     told = float(cells["titles and posters"][4])
     assert told == pytest.approx(100 * np.mean(gaps), abs=0.006)
