@@ -44,19 +44,19 @@ def make_row(args: argparse.Namespace, seed: int, row: str) -> dict[str, Any]:
     """Teach and evaluate what is still to be done, and read the evaluation."""
     here = args.out / f"seed-{seed}" / folder_name(row)
     base, work, images = here / "base", here / "work", ROWS[row]
+    asked = ["--model", str(base), "--data", str(args.data), "--images", images]
+    asked += ["--candidate-images", args.candidate_images, *shlex.split(args.test)]
+    wanted = settings(EVALUATION, asked)  # a wrong flag is refused before hours of teaching
     if not base.exists():
         print(f"\n{row}, seed {seed}")
         teach_ranking(
-            args.base / "names", base, work, args.data, "off", args.scale, seed, args.device,
-            clock=lambda: False, images=images,
+            args.base / "names", base, work, args.data, args.candidate_images, args.scale, seed,
+            args.device, clock=lambda: False, images=images,
         )
         drop_checkpoints(work)
-    asked = ["--model", str(base), "--data", str(args.data), "--candidate-images", "off"]
-    asked += ["--images", images, *shlex.split(args.test)]
     report = here / "test"
     if not is_evaluated(report):
         script("evaluate").main([*asked, "--out", str(report)])
-    wanted = settings(EVALUATION, asked)
     del wanted["model"]  # the folder may have been moved
     check_settings(report, wanted)
     return read_report(report)["sets"]
@@ -102,12 +102,12 @@ def main() -> None:
             f"{args.base}: made of data of hash {of_base['data']}, {args.data} has {wanted}; give "
             "the data folder that the base was made of"
         )
-    args.scale = Scale(**of_base["scale"])
-    open_folder(args.out, {
-        "data": wanted,
-        "names": sha256(args.base / "names" / "model.safetensors"),
-        "scale": of_base["scale"],
-    })
+    names = args.base / "names" / "model.safetensors"
+    if not names.exists():
+        raise InputError(f"{names}: no such file; let benchmarks/movielens1m_base.py come so far")
+    args.scale, args.candidate_images = Scale(**of_base["scale"]), of_base["candidate_images"]
+    taught = {key: of_base[key] for key in ("data", "scale", "candidate_images")}
+    open_folder(args.out, {**taught, "names": sha256(names)})
     seeds = []
     for seed in args.seeds:
         seeds.append({row: make_row(args, seed, row) for row in ROWS})

@@ -157,7 +157,7 @@ def command(data, made, tmp_path, monkeypatch):
     """benchmarks/movielens1m_titles.py on the toy base."""
     base_of = tmp_path / "base"
     shutil.copytree(made / "names", base_of / "names")
-    known = {"data": data_hash(load_catalog(data)), "scale": vars(TOY)}
+    known = {"data": data_hash(load_catalog(data)), "scale": vars(TOY), "candidate_images": "off"}
     write_json(base_of / "settings.json", known)
     argv = ["", str(data), str(tmp_path / "out"), "--base", str(base_of), "--seeds", "1", "2"]
     monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu", "--test", "--sets random"])
@@ -203,6 +203,10 @@ def test_a_base_of_other_data(command):
     known = read_object(command / "settings.json")
     write_json(command / "settings.json", known | {"data": "0"})
     with pytest.raises(InputError, match="made of data of hash 0, .*give the data folder"):
+        titles.main()
+    write_json(command / "settings.json", known)
+    (command / "names").rename(command / "later")
+    with pytest.raises(InputError, match=r"model.safetensors: no such file; let .* come so far"):
         titles.main()
     (command / "settings.json").unlink()
     with pytest.raises(InputError, match=r"settings.json: no such file; expected in --base"):
