@@ -45,7 +45,8 @@ def make_row(args: argparse.Namespace, seed: int, row: str) -> dict[str, Any]:
     here = args.out / f"seed-{seed}" / folder_name(row)
     base, work, images = here / "base", here / "work", ROWS[row]
     asked = ["--model", str(base), "--data", str(args.data), "--images", images]
-    asked += ["--candidate-images", args.candidate_images, *shlex.split(args.test)]
+    asked += ["--candidate-images", args.candidate_images, "--device", args.device]
+    asked += shlex.split(args.test)
     wanted = settings(EVALUATION, asked)  # a wrong flag is refused before hours of teaching
     if not base.exists():
         print(f"\n{row}, seed {seed}")
@@ -104,7 +105,10 @@ def main() -> None:
         )
     names = args.base / "names" / "model.safetensors"
     if not names.exists():
-        raise InputError(f"{names}: no such file; let benchmarks/movielens1m_base.py come so far")
+        raise InputError(
+            f"{names}: no such file, expected the base's stage `names`; let "
+            "benchmarks/movielens1m_base.py come so far"
+        )
     args.scale, args.candidate_images = Scale(**of_base["scale"]), of_base["candidate_images"]
     taught = {key: of_base[key] for key in ("data", "scale", "candidate_images")}
     open_folder(args.out, {**taught, "names": sha256(names)})

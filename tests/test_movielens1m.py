@@ -206,7 +206,7 @@ def test_a_base_of_other_data(command):
         titles.main()
     write_json(command / "settings.json", known)
     (command / "names").rename(command / "later")
-    with pytest.raises(InputError, match=r"model.safetensors: no such file; let .* come so far"):
+    with pytest.raises(InputError, match=r"no such file, expected the base's stage .* come so far"):
         titles.main()
     (command / "settings.json").unlink()
     with pytest.raises(InputError, match=r"settings.json: no such file; expected in --base"):
